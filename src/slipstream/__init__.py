@@ -1,0 +1,54 @@
+"""slipstream: run open-weight language models. The names below load on first use, so that importing costs little."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slipstream.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        KernelError,
+        RequestError,
+        SlipstreamError,
+        TrustError,
+    )
+    from slipstream.llm import LLM
+    from slipstream.request import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "slipstream.llm",
+    "SamplingParams": "slipstream.request",
+    "SlipstreamError": "slipstream.errors",
+    "ConfigError": "slipstream.errors",
+    "CheckpointError": "slipstream.errors",
+    "KernelError": "slipstream.errors",
+    "CapacityError": "slipstream.errors",
+    "RequestError": "slipstream.errors",
+    "TrustError": "slipstream.errors",
+}
+__all__ = [
+    "LLM",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "KernelError",
+    "RequestError",
+    "SamplingParams",
+    "SlipstreamError",
+    "TrustError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'slipstream' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,72 @@
+"""Pick one implementation of an op for one case, and keep the reason why each other one lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from slipstream.errors import KernelError
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Everything an implementation may depend on. `facts` holds what only one op asks about (window, sinks, format)."""
+
+    device: str  # "cpu", "cuda", "mps"
+    dtype: str  # activations: "float32", "bfloat16", "float16"
+    capability: tuple[int, int] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.facts.get(name, default)
+
+
+@dataclass(frozen=True, slots=True)
+class Impl:
+    """A candidate. `load` imports and returns the callable only when it is chosen; `reject` says why it cannot run."""
+
+    name: str
+    load: Callable[[], Any]
+    reject: Callable[[Case], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The implementation taken, and (name, why) for each one passed over."""
+
+    op: str
+    name: str
+    reason: str
+    fn: Any
+    rejected: tuple[tuple[str, str], ...]
+
+
+def choose(op: str, impls: Sequence[Impl], case: Case, force: str | None = None) -> Choice:
+    """Take the first implementation that does not reject the case; `impls` stand best first, reference last.
+
+    Raises:
+        KernelError: `force` names an unknown implementation or one that cannot run, or none can.
+    """
+    if force is not None and force not in {i.name for i in impls}:
+        raise KernelError(f"{op}: no implementation is called {force!r}; known are {', '.join(i.name for i in impls)}")
+    rejected: list[tuple[str, str]] = []
+    taken: Impl | None = None
+    for impl in impls:
+        why = impl.reject(case)
+        if why is None and force is None and impl.name == "reference" and case.device == "cuda":
+            why = "the reference is never taken on CUDA unless it is forced"
+        if why is None and force is not None and impl.name != force:
+            why = f"{force} was forced"
+        if why is None and taken is not None:
+            why = f"{taken.name} stands before it"
+        if why is None:
+            taken = impl
+        else:
+            rejected.append((impl.name, why))
+    if taken is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
+        what = f"{force!r} was forced but cannot run" if force else "no implementation can run"
+        raise KernelError(f"{op}: {what} on {case.device} with {case.dtype} {case.facts or ''}: {reasons}")
+    reason = "forced" if force else ("the first of the list that can run" if rejected else "the only one")
+    return Choice(op, taken.name, reason, taken.load(), tuple(rejected))
