@@ -1,0 +1,61 @@
+"""Sampling: one token for each row of logits, by each row's own parameters; and log-probabilities.
+
+An implementation is `sample(logits, rows) -> list[int | None]`: `logits` is (rows, vocab) float32 and is not changed,
+`rows` holds one `Row` each. None means "this row has no token to give": its logits hold NaN or +inf, or nothing is
+left above -inf. The caller ends that request alone; the other rows are not touched by it.
+
+The draw of a row depends on its logits, its seed and its position, never on what runs beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slipstream.ops.choose import Case, Impl
+from slipstream.request import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(slots=True)
+class Row:
+    """What the sampler must know of one sequence. `stop_token_ids` are forbidden below `params.min_new_tokens`."""
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    seed: int
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def position(self) -> int:
+        """How many tokens the answer has so far."""
+        return len(self.output_token_ids)
+
+
+Sample = Callable[["torch.Tensor", Sequence[Row]], "list[int | None]"]
+
+
+def _load_torch() -> Sample:
+    from slipstream.ops.sampling.torch import sample
+
+    return sample
+
+
+def _load_reference() -> Sample:
+    from slipstream.ops.sampling.reference import sample
+
+    return sample
+
+
+def _runs_anywhere(case: Case) -> str | None:
+    return None
+
+
+IMPLS = (
+    Impl("torch", _load_torch, _runs_anywhere),
+    Impl("reference", _load_reference, _runs_anywhere),
+)

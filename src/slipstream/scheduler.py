@@ -1,0 +1,208 @@
+"""Which sequences run next, with how many tokens, in which pages. Plain integers; no torch.
+
+First come, first served. A step first goes on with what runs (one token for those that decode, the next piece of
+the prompt for the others), then admits what waits, within the token budget. When pages run out, the sequence that
+came last gives all of its pages back and is computed again later; its answer does not change.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from slipstream.cache.pages import Pages
+from slipstream.errors import CapacityError, RequestError
+from slipstream.request import Chunk, FinishReason, SamplingParams, Start, Step
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: prompt and new tokens, and how many of them are in the cache."""
+
+    id: int
+    params: SamplingParams
+    prompt_length: int
+    tokens: list[int]
+    seed: int
+    end_ids: frozenset[int]  # the model's end tokens (unless ignored) and the request's own
+    max_length: int
+    computed: int = 0
+    known: bool = False  # the runner has been told of it
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Owns the queue and the pages.
+
+    Args:
+        pages: the page tables.
+        max_num_seqs: sequences that run together.
+        max_num_batched_tokens: tokens in one step.
+        max_model_len: longest prompt + answer.
+    """
+
+    def __init__(self, pages: Pages, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        self.pages = pages
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.counters = Counters()
+        self._ids = 0
+        self._forget: list[int] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def max_length(self, prompt_length: int, params: SamplingParams) -> int:
+        """Tokens that prompt and answer may reach together.
+
+        Raises:
+            RequestError: they cannot fit max_model_len.
+            CapacityError: the whole cache is too small for this one request.
+        """
+        limit = self.max_model_len
+        if prompt_length >= limit:
+            raise RequestError(
+                f"prompt: {prompt_length} tokens leave no room for an answer, as max_model_len is {limit}; "
+                "shorten the prompt or raise max_model_len",
+                field="prompt",
+            )
+        length = limit if params.max_new_tokens is None else prompt_length + params.max_new_tokens
+        if length > limit:
+            raise RequestError(
+                f"max_new_tokens: {prompt_length} prompt tokens + {params.max_new_tokens} new ones are more than "
+                f"max_model_len={limit}; ask for at most {limit - prompt_length}, or None for what fits",
+                field="max_new_tokens",
+            )
+        page_size = self.pages.page_size
+        for group, pool in zip(self.pages.groups, self.pages.pools, strict=True):
+            need = group.max_pages(length, self.max_num_batched_tokens, page_size)
+            if need > pool.num_pages:
+                raise CapacityError(
+                    f"a request of up to {length} tokens needs {need} pages of {page_size} tokens in the "
+                    f"{group.name} cache, which has {pool.num_pages} in all; lower max_new_tokens or the prompt, "
+                    "or raise kv_cache_memory_bytes"
+                )
+        return length
+
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, *, seed: int, eos: tuple[int, ...]) -> Sequence:
+        """Queue one answer. Raises as `max_length` does, before anything is kept."""
+        length = self.max_length(len(prompt), params)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
+        self._ids += 1
+        seq = Sequence(self._ids, params, len(prompt), list(prompt), seed, ends, length)
+        self.waiting.append(seq)
+        return seq
+
+    def next(self) -> Step | None:
+        """The next forward pass, or None when there is nothing to do."""
+        budget = self.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        started: list[Start] = []
+        preempted = False
+        i = 0
+        while i < len(self.running) and budget:
+            seq = self.running[i]
+            count = min(budget, len(seq.tokens) - seq.computed)
+            while not self.pages.reserve(seq.id, seq.computed, seq.computed + count):
+                preempted = True
+                last = self.running.pop()
+                self._preempt(last)
+                if last is seq:
+                    break
+            else:
+                chunks.append(self._chunk(seq, count))
+                budget -= count
+                i += 1
+        while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            count = min(budget, len(seq.tokens))
+            if not self.pages.reserve(seq.id, 0, count):
+                self.pages.free(seq.id)
+                break
+            self.running.append(self.waiting.popleft())
+            if not seq.known:
+                seq.known = True
+                prompt = tuple(seq.tokens[: seq.prompt_length])
+                started.append(Start(seq.id, prompt, seq.params, seq.seed, tuple(sorted(seq.end_ids))))
+            chunks.append(self._chunk(seq, count))
+            budget -= count
+        if not chunks:
+            return None
+        self.counters.steps += 1
+        finished, self._forget = tuple(self._forget), []
+        return Step(self.counters.steps, tuple(started), finished, tuple(chunks))
+
+    def _chunk(self, seq: Sequence, count: int) -> Chunk:
+        end = seq.computed + count
+        tokens = tuple(seq.tokens[seq.computed : end])
+        return Chunk(seq.id, seq.computed, tokens, self.pages.tables(seq.id), sample=end == len(seq.tokens))
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.pages.free(seq.id)
+        seq.computed = 0
+        self.waiting.appendleft(seq)
+        self.counters.preemptions += 1
+
+    def commit(self, step: Step, tokens: Mapping[int, int | None]) -> list[tuple[Sequence, int | None]]:
+        """Take in the sampled tokens; returns (sequence, token) for each that got one, None where its logits were bad.
+
+        A sequence that ended meanwhile (aborted while the step ran) is passed over.
+        """
+        by_id = {s.id: s for s in self.running}
+        out: list[tuple[Sequence, int | None]] = []
+        for chunk in step.chunks:
+            seq = by_id.get(chunk.sequence)
+            if seq is None:
+                continue
+            if chunk.start < seq.prompt_length:
+                self.counters.prompt_tokens += min(chunk.end, seq.prompt_length) - chunk.start
+            seq.computed = chunk.end
+            if not chunk.sample:
+                continue
+            token = tokens[chunk.sequence]
+            if token is None:
+                self.finish(seq, "error")
+            else:
+                seq.tokens.append(token)
+                self.counters.new_tokens += 1
+                if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
+                    self.finish(seq, "stop", token)
+                elif len(seq.tokens) >= seq.max_length:
+                    self.finish(seq, "length")
+            out.append((seq, token))
+        return out
+
+    def finish(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End a sequence for good and give its pages back; the first reason stays."""
+        if seq.finish_reason is not None:
+            return
+        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        self.pages.free(seq.id)
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        if seq.known:
+            self._forget.append(seq.id)
