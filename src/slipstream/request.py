@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,6 +35,14 @@ def _fail(name: str, message: str) -> RequestError:
     return RequestError(f"{name}: {message}", field=name)
 
 
+def _show(value: object) -> str:
+    """Short enough for a message, whatever was given. Python refuses to print integers of thousands of digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too large to show"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen.
@@ -52,7 +61,7 @@ class SamplingParams:
         repetition_penalty: divide (or multiply, if negative) the logits of tokens seen in prompt or answer (Keskar et al. 2019).
         presence_penalty: subtracted once from the logit of each token already in the answer.
         frequency_penalty: subtracted once for each time a token stands in the answer.
-        logit_bias: token id -> value added to its logit.
+        logit_bias: token id -> value added to its logit; -inf forbids the token.
         seed: makes a sampled answer repeatable, whatever runs beside it.
         min_new_tokens: no end-of-sequence or stop token before so many tokens.
         max_new_tokens: None is "until the model stops or max_model_len is reached".
@@ -93,7 +102,7 @@ class SamplingParams:
         if args:
             raise RequestError("SamplingParams takes its values by name only, such as SamplingParams(temperature=0)")
         names = {f.name for f in dataclasses.fields(cls)}
-        for name in kwargs.keys() - names:
+        for name in (k for k in kwargs if k not in names):
             near = _ALIASES.get(name) or next(iter(difflib.get_close_matches(name, names, 1)), None)
             hint = f"; did you mean {near}?" if near else f"; known are {', '.join(sorted(names))}"
             raise _fail(name, f"unknown sampling parameter{hint}")
@@ -107,23 +116,25 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None:
                 value = ()
-            if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-                raise _fail(name, f"must be a list, got {value!r}")
+            if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+                raise _fail(name, f"must be a list, got {_show(value)}")
             put(self, name, tuple(value))
         for s in self.stop:
             if not isinstance(s, str) or not s:
-                raise _fail("stop", f"must hold non-empty strings, got {s!r}")
+                raise _fail("stop", f"must hold non-empty strings, got {_show(s)}")
         for t in self.stop_token_ids:
-            if not _is_int(t) or t < 0:
-                raise _fail("stop_token_ids", f"must hold token ids, got {t!r}")
+            if not _is_int(t) or not 0 <= t < 2**63:
+                raise _fail("stop_token_ids", f"must hold token ids, got {_show(t)}")
 
         self._int("n", 1, 1024)
         self._number("temperature", 0.0, 1e4)
+        if 0 < self.temperature < 1e-6:
+            raise _fail("temperature", f"{self.temperature:g} is too near to greedy to be told from it; use 0")
         self._int("top_k", 0, 2**31)
         self._number("top_p", 0.0, 1.0, open_low=True)
         self._number("min_p", 0.0, 1.0)
         self._number("typical_p", 0.0, 1.0, open_low=True)
-        self._number("repetition_penalty", 0.0, 1e4, open_low=True)
+        self._number("repetition_penalty", 1e-4, 1e4)
         self._number("presence_penalty", -1e4, 1e4)
         self._number("frequency_penalty", -1e4, 1e4)
         self._int("min_new_tokens", 0, 2**31)
@@ -136,7 +147,7 @@ class SamplingParams:
                 self._int(name, 0, 100)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise _fail(name, f"must be true or false, got {getattr(self, name)!r}")
+                raise _fail(name, f"must be true or false, got {_show(getattr(self, name))}")
         self._bias()
 
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
@@ -151,28 +162,31 @@ class SamplingParams:
 
     def _bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
-            raise _fail("logit_bias", f"must map token ids to numbers, got {self.logit_bias!r}")
+            raise _fail("logit_bias", f"must map token ids to numbers, got {_show(self.logit_bias)}")
         bias: dict[int, float] = {}
         for token, value in self.logit_bias.items():
-            if isinstance(token, str) and token.isascii() and token.isdigit():  # JSON objects have string keys
-                token = int(token)
-            if not _is_int(token) or token < 0:
-                raise _fail("logit_bias", f"keys must be token ids, got {token!r}")
-            if not _is_number(value) or math.isnan(value):
-                raise _fail("logit_bias", f"value of token {token} must be a number, got {value!r}")
+            if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
+                token = int(token)  # JSON objects have string keys
+            if not _is_int(token) or not 0 <= token < 2**63:
+                raise _fail("logit_bias", f"keys must be token ids, got {_show(token)}")
+            if token in bias:
+                raise _fail("logit_bias", f"names token {token} twice")
+            if not _is_number(value) or not (-1e30 <= value <= 1e30 or value == -math.inf):
+                what = "a number from -1e30 to 1e30, or -inf to forbid it"
+                raise _fail("logit_bias", f"value of token {token} must be {what}, got {_show(value)}")
             bias[token] = float(value)
         object.__setattr__(self, "logit_bias", bias)
 
     def _int(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if not _is_int(value) or not low <= value <= high:
-            raise _fail(name, f"must be a whole number from {low} to {high}, got {value!r}")
+            raise _fail(name, f"must be a whole number from {low} to {high}, got {_show(value)}")
 
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
         value = getattr(self, name)
         if not _is_number(value) or not (low < value if open_low else low <= value) or not value <= high:
             edge = f"above {low:g}" if open_low else f"from {low:g}"
-            raise _fail(name, f"must be a number {edge} to {high:g}, got {value!r}")
+            raise _fail(name, f"must be a number {edge} to {high:g}, got {_show(value)}")
         object.__setattr__(self, name, float(value))
 
     @property
@@ -307,10 +321,12 @@ def as_token_ids(value: Sequence[int], vocab_size: int, *, name: str = "prompt")
     Raises:
         RequestError: empty, not whole numbers, or outside the vocabulary.
     """
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise _fail(name, f"must be a list of token ids, got {_show(value)}")
     ids = tuple(value)
     if not ids:
         raise _fail(name, "is empty; a model needs at least one token to go on from")
     for t in ids:
         if not _is_int(t) or not 0 <= t < vocab_size:
-            raise _fail(name, f"token {t!r} is not in the vocabulary of {vocab_size}")
+            raise _fail(name, f"token {_show(t)} is not in the vocabulary of {vocab_size}")
     return ids

@@ -67,6 +67,7 @@ def choose(op: str, impls: Sequence[Impl], case: Case, force: str | None = None)
     if taken is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
         what = f"{force!r} was forced but cannot run" if force else "no implementation can run"
-        raise KernelError(f"{op}: {what} on {case.device} with {case.dtype} {case.facts or ''}: {reasons}")
+        facts = "".join(f", {name}={value}" for name, value in case.facts.items())
+        raise KernelError(f"{op}: {what} on {case.device} with {case.dtype}{facts}: {reasons or 'there is none'}")
     reason = "forced" if force else ("the first of the list that can run" if rejected else "the only one")
     return Choice(op, taken.name, reason, taken.load(), tuple(rejected))

@@ -7,7 +7,8 @@ of the sum: other implementations may leave out tokens early and still keep exac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -36,25 +37,24 @@ def _sample_row(x: torch.Tensor, row: Row) -> int | None:  # (vocab,)
         return None
     if p.greedy:
         return int(x.argmax())
-    x = (x - x.max()) / p.temperature  # the maximum is taken off first, so no temperature can overflow
+    x = (x - x.max()) / x.new_tensor(p.temperature)  # the maximum is taken off first: no temperature overflows
     if p.top_k:
         x = x.masked_fill(~top_k(x, p.top_k), -math.inf)
     if p.top_p < 1:
-        x = x.masked_fill(~top_p(x, p.top_p), -math.inf)
+        x = x.masked_fill(~top_p(x, p.top_p, weights(x).sum()), -math.inf)
     if p.min_p > 0:
         x = x.masked_fill(~min_p(x, p.min_p), -math.inf)
     if p.typical_p < 1:
         x = x.masked_fill(~typical_p(x, p.typical_p), -math.inf)
-    # The Gumbel-max trick: the argmax of log-probability plus Gumbel noise is a draw from the distribution.
-    noise = gumbel(torch.tensor([stream(row.seed, row.position)]), torch.arange(len(x)))
-    return int((x + noise.to(x.device)).argmax())
+    # A race: of waiting times with rates w, the first to end is token t with probability w[t] / w.sum().
+    return int((x.exp() / waits([row], torch.arange(len(x), device=x.device))[0]).argmax())
 
 
 def change_logits(x: torch.Tensor, row: Row) -> torch.Tensor:  # (vocab,), changed in place
     """Bias, penalties, and no stop token too early: everything that comes before temperature."""
     p = row.params
     if p.logit_bias:
-        x[_ids(list(p.logit_bias), x)] += torch.tensor(list(p.logit_bias.values()), dtype=x.dtype, device=x.device)
+        x[_ids(p.logit_bias, x)] += torch.tensor(list(p.logit_bias.values()), dtype=x.dtype, device=x.device)
     if p.repetition_penalty != 1:
         seen = _ids([*row.prompt_token_ids, *row.output_token_ids], x)
         old = x[seen]
@@ -63,16 +63,18 @@ def change_logits(x: torch.Tensor, row: Row) -> torch.Tensor:  # (vocab,), chang
         counts = torch.bincount(_ids(row.output_token_ids, x), minlength=len(x))
         x -= p.presence_penalty * (counts > 0) + p.frequency_penalty * counts
     if row.position < p.min_new_tokens:
-        x[_ids([t for t in row.stop_token_ids if t < len(x)], x)] = -math.inf
+        x[_ids((t for t in row.stop_token_ids if t < len(x)), x)] = -math.inf
     return x
 
 
-def _ids(tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(tokens, dtype=torch.int64, device=like.device)
+def _ids(tokens: Iterable[int], like: torch.Tensor) -> torch.Tensor:
+    # Through an array's memory: torch.tensor(list) takes 7 times as long, and a history may be thousands of tokens.
+    ids = array("q", tokens)
+    return torch.frombuffer(ids, dtype=torch.int64).to(like.device) if ids else like.new_empty(0, dtype=torch.int64)
 
 
-# Each filter takes logits of shape (tokens,) that are already divided by the temperature and may hold -inf, and gives
-# the mask of tokens to keep. Each keeps the most likely token (typical_p: the most typical one), so one is always left.
+# Each filter takes logits of shape (tokens,) after temperature, the largest of them 0 and any of them maybe -inf, and
+# gives the mask of the tokens to keep. The best one is always kept (by typical_p: the most typical one).
 
 
 def top_k(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -80,41 +82,38 @@ def top_k(x: torch.Tensor, k: int) -> torch.Tensor:
     return x >= x.topk(min(k, len(x))).values[-1]
 
 
-def top_p(x: torch.Tensor, mass: float) -> torch.Tensor:
-    """The best tokens, until what stands before a token already reaches `mass`. Equal logits: the lower id first."""
+def top_p(x: torch.Tensor, mass: float, total: torch.Tensor) -> torch.Tensor:
+    """The best tokens, until those before a token reach `mass` of the `total` weight; of equal ones the lower id."""
     order = x.argsort(descending=True, stable=True)
-    p = probabilities(x)[order]
-    before = p.cumsum(0) - p
-    before[0] = 0  # else a tiny mass could lose to rounding
-    return torch.zeros_like(x, dtype=torch.bool).index_fill_(0, order[before < mass], True)
+    w = weights(x)[order]
+    before = w.cumsum(0) - w
+    return torch.zeros_like(x, dtype=torch.bool).index_fill_(0, order[before < mass * total], True)
 
 
 def min_p(x: torch.Tensor, share: float) -> torch.Tensor:
     """All that are at least `share` times as likely as the best."""
-    return (x - x.max()).exp() >= share
+    return x.exp() >= share
 
 
 def typical_p(x: torch.Tensor, mass: float) -> torch.Tensor:
     """The tokens whose surprise is nearest to the entropy, until their mass reaches `mass`; ties with the last stay."""
-    p = probabilities(x)
+    p = weights(x) / weights(x).sum()
     surprise = -p.log()
     entropy = torch.where(p > 0, p * surprise, 0).sum()
-    # Rounded, because ties must stay ties when the same sum is taken over fewer tokens.
-    distance = torch.where(p > 0, (surprise - entropy).abs().float(), torch.inf)
+    distance = torch.where(p > 0, (surprise - entropy).abs(), torch.inf)
     order = distance.argsort(stable=True)
-    last = int((p[order].cumsum(0) < mass).sum())
-    return (distance <= distance[order[min(last, len(x) - 1)]]) & (p > 0)
+    last = (p[order].cumsum(0) < mass).sum().clamp_(max=len(x) - 1)
+    return (distance <= distance[order[last]]) & (p > 0)
 
 
-def probabilities(x: torch.Tensor) -> torch.Tensor:
-    """Softmax in float64."""
-    return x.double().softmax(0)
+def weights(x: torch.Tensor) -> torch.Tensor:
+    """Probabilities before they are normalised, in float64."""
+    return x.exp().double()
 
 
 def stream(seed: int, position: int) -> int:
     """The state that the noise of one draw starts from, as a signed 64-bit integer."""
-    state = _mix((_mix(seed & _MASK) + position * _GOLDEN) & _MASK)
-    return _signed(state)
+    return _signed(_mix((_mix(seed & _MASK) + position * _GOLDEN) & _MASK))
 
 
 def _mix(z: int) -> int:
@@ -127,21 +126,22 @@ def _signed(z: int) -> int:
     return z - 2**64 if z >= 2**63 else z
 
 
-def gumbel(streams: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # (rows,) int64, (tokens,) -> (rows, tokens)
-    """Standard Gumbel noise, float32: that of token t is made from the t-th number of the row's splitmix64 stream.
+def waits(rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:  # (tokens,) int64 -> (rows, tokens)
+    """Exponential noise, float32: that of token t is made from the t-th number of the row's splitmix64 stream.
 
     A hash rather than a `torch.Generator`: 3x faster on a CPU, the same on every device, and the noise of some tokens
     alone is the same as theirs among all. int64 stands for uint64, so each right shift is masked to be logical.
     """
-    z = streams[:, None] + (tokens + 1) * _signed(_GOLDEN)
+    starts = torch.tensor([stream(row.seed, row.position) for row in rows], device=tokens.device)
+    z = starts[:, None] + (tokens + 1) * _signed(_GOLDEN)
     z ^= (z >> 30) & (2**34 - 1)
     z *= _signed(_MIX1)
     z ^= (z >> 27) & (2**37 - 1)
-    z *= _signed(_MIX2)
-    z ^= (z >> 31) & (2**33 - 1)
-    # 32 random bits; small values stay exact, since they make the large noise that lets an unlikely token win.
-    u = ((z >> 32) & (2**32 - 1)).float().mul_(2**-32).clamp_(2**-33, 1 - 2**-24)
-    return u.neg_().log1p_().neg_().log_().neg_()
+    z *= _signed(_MIX2)  # splitmix64's last xor is left out: it changes only low bits
+    z &= 2**63 - 1
+    # -u is in (-1, 0). Small u stay exact: they make the short waits that let an unlikely token win.
+    minus_u = z.float().mul_(-(2.0**-63)).clamp_(2.0**-24 - 1, -(2.0**-64))
+    return minus_u.log1p_().neg_()
 
 
 def check_rows(logits: torch.Tensor, rows: Sequence[Row]) -> None:
