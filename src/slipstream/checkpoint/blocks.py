@@ -1,0 +1,96 @@
+"""GGUF's quantized block formats: their sizes, and from blocks back to numbers.
+
+Formats: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slipstream.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+# name: (number in the file, values in a block, bytes of a block). A table of our own, as importing gguf takes longer
+# than opening a file; tests compare it with gguf's.
+BLOCKS = {
+    "Q4_0": (2, 32, 18),
+    "Q4_1": (3, 32, 20),
+    "Q5_0": (6, 32, 22),
+    "Q5_1": (7, 32, 24),
+    "Q8_0": (8, 32, 34),
+    "Q2_K": (10, 256, 84),
+    "Q3_K": (11, 256, 110),
+    "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176),
+    "Q6_K": (14, 256, 210),
+    "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74),
+    "IQ3_XXS": (18, 256, 98),
+    "IQ1_S": (19, 256, 50),
+    "IQ4_NL": (20, 32, 18),
+    "IQ3_S": (21, 256, 110),
+    "IQ2_S": (22, 256, 82),
+    "IQ4_XS": (23, 256, 136),
+    "IQ1_M": (29, 256, 56),
+    "TQ1_0": (34, 256, 54),
+    "TQ2_0": (35, 256, 66),
+    "MXFP4": (39, 32, 17),
+}
+CHUNK = 1 << 20  # values turned at a time: the temporaries stay near the cache
+
+
+def dequantize_rows(rows: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, bytes_per_row) uint8 -> (rows, values_per_row). Computed in float32, then cast to `dtype`."""
+    import torch
+
+    _, size, nbytes = BLOCKS[kind]
+    width = rows.shape[1] // nbytes * size
+    out = torch.empty(rows.shape[0], width, dtype=dtype)
+    turn = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}.get(kind)
+    step = max(1, CHUNK // max(1, width))
+    for at in range(0, rows.shape[0], step):
+        part = rows[at : at + step]
+        values = turn(part.reshape(-1, nbytes)) if turn else _by_library(part, kind)
+        out[at : at + step] = values.view(-1, width)
+    return out
+
+
+def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+
+
+def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
+    return _nibbles(blocks[:, 2:]).sub_(8).mul_(_half(blocks, 0))
+
+
+def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
+    return _nibbles(blocks[:, 4:]).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    """The float16 at byte `at` of every block, as float32 of shape (blocks, 1)."""
+    import torch
+
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """(blocks, 16) -> (blocks, 32): the low halves of all bytes come first, then the high halves."""
+    import torch
+
+    return torch.cat((packed & 15, packed >> 4), 1).float()
+
+
+def _by_library(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    import torch
+
+    try:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError as e:
+        raise CheckpointError(f"{kind} blocks are read with the gguf library, which is missing: pip install gguf") from e
+    return torch.from_numpy(dequantize(rows.contiguous().numpy(), GGMLQuantizationType[kind]))

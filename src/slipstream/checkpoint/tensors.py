@@ -1,0 +1,118 @@
+"""What a header says about one tensor, and how its bytes become a torch tensor."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slipstream.checkpoint.blocks import BLOCKS
+from slipstream.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+# Dense types as safetensors spells them: bytes of one element, and the name in torch.
+DENSE = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U64": (8, "uint64"),
+    "U32": (4, "uint32"),
+    "U16": (2, "uint16"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
+MAX_READ = 1 << 30  # Linux reads at most 2 GiB in one call
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is; nothing of it has been read.
+
+    Attributes:
+        name: the name that Hugging Face gives it, also in a GGUF file.
+        dtype: a key of DENSE, or a GGUF block type in upper case ("Q4_1").
+        shape: logical shape, outermost first; (out, in) for a matrix.
+        nbytes: size in the file.
+        offset: position of the first byte in `file`.
+        row_permute: number of heads whose rows GGUF's llama conversion interleaved; undone by every read.
+        add: added to every value when read (-1 for gemma norms in GGUF, which are stored as weight + 1).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+    row_permute: int | None = None
+    add: float = 0.0
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether values are packed into quantized blocks."""
+        return self.dtype in BLOCKS
+
+    @property
+    def rows(self) -> int:
+        """Number of innermost rows."""
+        n = 1
+        for size in self.shape[:-1]:
+            n *= size
+        return n
+
+
+def check_name(name: str, path: Path) -> None:
+    if not name or len(name) > 512 or not name.isprintable():
+        raise CheckpointError(f"{path}: {name[:100]!r} cannot be the name of a tensor")
+
+
+def read_raw(info: TensorInfo) -> torch.Tensor:
+    """The tensor's bytes as they stand in the file, uint8 of shape (nbytes,)."""
+    import torch
+
+    out = torch.empty(info.nbytes, dtype=torch.uint8)
+    view = memoryview(out.numpy())
+    done = 0
+    with info.file.open("rb", buffering=0) as f:
+        while done < info.nbytes:
+            got = os.preadv(f.fileno(), [view[done : done + MAX_READ]], info.offset + done)
+            if got == 0:
+                raise CheckpointError(f"{info.file}: was cut short while in use: {info.name} is no longer all there")
+            done += got
+    return out
+
+
+def read_dense(info: TensorInfo) -> torch.Tensor:
+    """The tensor in its own dtype and logical shape."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DENSE[info.dtype][1])
+    values = unpermute(read_raw(info).view(dtype).view(info.shape), info.row_permute)
+    return values.add_(info.add) if info.add else values
+
+
+def read_rows(info: TensorInfo) -> torch.Tensor:
+    """The packed blocks of a quantized tensor, uint8 of shape (rows, bytes_per_row)."""
+    return unpermute(read_raw(info).view(info.rows, -1), info.row_permute)
+
+
+def unpermute(rows: torch.Tensor, heads: int | None) -> torch.Tensor:
+    """Undo GGUF's reordering of query and key rows for interleaved rotation.
+
+    Within a head, GGUF row 2i is row i of the first half and row 2i + 1 row i of the second half.
+    """
+    if heads is None:
+        return rows
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, half, 2, -1).transpose(1, 2).reshape(rows.shape)
