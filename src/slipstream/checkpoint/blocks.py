@@ -92,5 +92,5 @@ def _by_library(rows: torch.Tensor, kind: str) -> torch.Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError as e:
-        raise CheckpointError(f"{kind} blocks are read with the gguf library, which is missing: pip install gguf") from e
+        raise CheckpointError(f"{kind} blocks are read by the gguf library: pip install 'slipstream[gguf]'") from e
     return torch.from_numpy(dequantize(rows.contiguous().numpy(), GGMLQuantizationType[kind]))

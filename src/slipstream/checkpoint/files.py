@@ -9,7 +9,7 @@ from typing import Any
 
 from slipstream.errors import CheckpointError
 
-MAX_JSON = 16 << 20  # the largest safetensors header seen (a 1T model, 100,000 tensors in 163 shards) is under 1 MB a shard
+MAX_JSON = 16 << 20  # a shard names some thousand tensors at about 150 bytes each, so real headers stay near 1 MB
 MAX_DEPTH = 32
 MAX_TENSORS = 200_000
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
@@ -26,7 +26,7 @@ def member(folder: Path, name: str) -> Path:
     path = (folder / name).resolve()
     cached = folder.parent.name == "snapshots" and path.parent == folder.parent.parent / "blobs"
     if path.parent != folder and not (cached and _BLOB.fullmatch(path.name)):
-        raise CheckpointError(f"{folder / name}: is a link that leaves the folder; copy the file itself into the folder")
+        raise CheckpointError(f"{folder / name}: is a link that leaves the folder; put a copy of the file there")
     if not path.exists():
         raise CheckpointError(f"{folder / name}: is missing; the download or copy is incomplete, so fetch it again")
     if not path.is_file():

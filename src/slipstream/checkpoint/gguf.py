@@ -100,7 +100,8 @@ class _Reader:
         """Pass over `count` bytes; returns where they start."""
         start = self.pos
         if count > len(self.data) - start:
-            raise self.fault("is truncated in its header" if self.whole else f"has a header of over {MAX_HEADER:,} bytes")
+            over = f"has a header of over {MAX_HEADER:,} bytes"
+            raise self.fault("is truncated in its header" if self.whole else over)
         self.pos = start + count
         return start
 
@@ -176,7 +177,7 @@ def read_gguf(path: Path) -> GGUF:
         version = reader.u32()
         if version not in (2, 3):
             what = "big-endian" if version in (2 << 24, 3 << 24) else f"version {version}"
-            raise CheckpointError(f"{path}: is GGUF of {what}; little-endian versions 2 and 3 can be read: convert again")
+            raise CheckpointError(f"{path}: is {what} GGUF; little-endian versions 2 and 3 are read: convert again")
         num_tensors, num_keys = reader.u64(), reader.u64()
         if num_tensors > MAX_TENSORS or num_keys > MAX_KEYS:
             raise reader.fault(f"claims {num_tensors:,} tensors and {num_keys:,} metadata keys")
@@ -226,7 +227,7 @@ def _tensors(reader: _Reader, count: int, alignment: Any, size: int) -> dict[str
         if name in tensors:
             raise reader.fault(f"has the tensor {name} twice")
         if start + offset != -(-end // alignment) * alignment:
-            what = "overlaps the tensor before it" if start + offset < end else "is not right behind the tensor before it"
+            what = "overlaps the tensor before it" if start + offset < end else "leaves a gap before it"
             raise reader.fault(f"{name} {what}")
         end = start + offset + nbytes
         if end > size:

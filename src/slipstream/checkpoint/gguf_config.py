@@ -44,7 +44,7 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
+        value: Any = self.get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not 0 < value < 1e12:
             raise self.bad(key, value, "a positive number")
@@ -69,6 +69,8 @@ class Fields:
 
 def shortest(value: float) -> float:
     """The shortest decimal that is the same float32: GGUF keeps 1e-5 as 9.99999975e-06."""
+    if struct.unpack("<f", struct.pack("<f", value))[0] != value:
+        return value
     for digits in range(1, 9):
         near = float(f"{value:.{digits}g}")
         if struct.pack("<f", near) == struct.pack("<f", value):
@@ -83,7 +85,7 @@ def floats(info: TensorInfo) -> list[float]:
     with info.file.open("rb") as f:
         f.seek(info.offset)
         values = array("f", f.read(info.nbytes))
-    if len(values) != math.prod(info.shape) or not all(math.isfinite(v) and v > 0 for v in values):
+    if len(values) != math.prod(info.shape) or not all(0 < v < 1e12 for v in values):
         raise CheckpointError(f"{info.file}: {info.name} must hold positive numbers")
     return [shortest(v) for v in values]
 
@@ -94,6 +96,8 @@ def read_config(gguf: GGUF, arch: str) -> dict[str, Any]:
     heads, hidden = f.integer("attention.head_count", high=65536), f.integer("embedding_length")
     rotated = f.integer("rope.dimension_count", 0, 0, 4096)
     head_dim = f.integer("attention.key_length", 0, 0, 4096) or (rotated if arch != "phi3" else 0) or hidden // heads
+    if not head_dim:
+        raise f.bad("attention.head_count", heads, f"at most embedding_length, {hidden}")
     rotated = rotated or head_dim
     if rotated > head_dim or (rotated != head_dim and arch != "phi3"):
         raise f.bad("rope.dimension_count", rotated, f"the head size {head_dim}")
@@ -133,7 +137,11 @@ def read_config(gguf: GGUF, arch: str) -> dict[str, Any]:
 
 def _rope(f: Fields, arch: str, head_dim: int) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_theta": f.number("rope.freq_base", 1e6 if arch == "gemma3" else 1e4)}
+    if rope["rope_theta"] <= 1:
+        raise f.bad("rope.freq_base", rope["rope_theta"], "above 1")
     rule = f.get("rope.scaling.type") or "none"
+    if not isinstance(rule, str):
+        raise f.bad("rope.scaling.type", rule, "a name")
     tensors = f.gguf.tensors
     if "rope_freqs.weight" in tensors:
         if rule != "none":
@@ -187,8 +195,8 @@ def _llama3(freqs: TensorInfo, theta: float, head_dim: int) -> dict[str, Any]:
 
     if len(found) != head_dim // 2 or any(abs(v / divisor(i) - 1) > 1e-4 for i, v in enumerate(found)):
         raise CheckpointError(
-            f"{freqs.file}: rope_freqs.weight does not follow the llama3 rule with low_freq_factor 1, high_freq_factor 4 "
-            "and 8192 trained positions, so the rotation is unknown. Try the safetensors form of this model"
+            f"{freqs.file}: rope_freqs.weight does not follow the llama3 rule with low_freq_factor 1, "
+            "high_freq_factor 4 and 8192 trained positions, so the rotation is unknown. Try the model's safetensors"
         )
     return {
         "rope_type": "llama3",

@@ -80,8 +80,8 @@ def to_hugging_face(gguf: GGUF) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     arch = gguf.metadata.get("general.architecture")
     if arch not in ARCHITECTURES:
         raise CheckpointError(
-            f"{gguf.path}: GGUF of architecture {str(arch)[:80]!r} cannot be read; known are {', '.join(ARCHITECTURES)}. "
-            "Try the safetensors form of this model"
+            f"{gguf.path}: GGUF of architecture {str(arch)[:80]!r} cannot be read; known are "
+            f"{', '.join(ARCHITECTURES)}. Try the safetensors form of this model"
         )
     config = read_config(gguf, arch)
     tensors: dict[str, TensorInfo] = {}
@@ -93,7 +93,7 @@ def to_hugging_face(gguf: GGUF) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
                 raise CheckpointError(f"{gguf.path}: two tensors would be {renamed.name}")
             tensors[renamed.name] = renamed
         if len(tensors) > MAX_TENSORS:
-            raise CheckpointError(f"{gguf.path}: has more than {MAX_TENSORS:,} tensors with its experts counted one by one")
+            raise CheckpointError(f"{gguf.path}: has over {MAX_TENSORS:,} tensors, each expert counted")
     return config, tensors
 
 
@@ -111,7 +111,7 @@ def _rename(info: TensorInfo, config: dict[str, Any]) -> list[TensorInfo]:
     if kind in _INTERLEAVED and found and found[2] in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if found[2] == "attn_q" else "num_key_value_heads"]
         if info.shape[0] % (2 * heads):
-            raise CheckpointError(f"{info.file}: {info.name} has {info.shape[0]} rows, which {heads} heads do not divide")
+            raise CheckpointError(f"{info.file}: {info.name} of {info.shape} does not divide into {heads} heads")
     add = -1.0 if kind in ("gemma2", "gemma3_text") and name.endswith("norm.weight") else 0.0
     if add and info.is_blocks:
         raise CheckpointError(f"{info.file}: {info.name} is quantized to {info.dtype}, which a norm never is")
@@ -122,4 +122,7 @@ def _experts(info: TensorInfo, name: str, count: int) -> list[TensorInfo]:
     if len(info.shape) < 2 or info.shape[0] != count:
         raise CheckpointError(f"{info.file}: {info.name} of shape {info.shape} must hold {count} experts")
     shape, nbytes = info.shape[1:], info.nbytes // count
-    return [TensorInfo(name.format(e), info.dtype, shape, nbytes, info.file, info.offset + e * nbytes) for e in range(count)]
+    return [
+        dataclasses.replace(info, name=name.format(e), shape=shape, nbytes=nbytes, offset=info.offset + e * nbytes)
+        for e in range(count)
+    ]

@@ -108,7 +108,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     if len(ggufs) == 1 or (ggufs and all(is_split(folder / n) for n in ggufs)):
         return _open_gguf(member(folder, ggufs[0]))
     if ggufs:
-        raise CheckpointError(f"{folder}: holds {len(ggufs)} GGUF files; name the one to open, such as {folder / ggufs[0]}")
+        raise CheckpointError(f"{folder}: holds {len(ggufs)} GGUF files; name one, such as {folder / ggufs[0]}")
     for name in names:
         if name.endswith(_PICKLES):
             raise _pickle(folder / name)
@@ -118,7 +118,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
     gguf = read_gguf(path)
     config, tensors = to_hugging_face(gguf)
-    generation = {k: config[k] for k in ("bos_token_id", "eos_token_id") if k in config}
+    generation: dict[str, Any] = {k: config[k] for k in ("bos_token_id", "eos_token_id") if k in config}
     return Checkpoint(path, "gguf", config, tensors, generation, gguf.metadata)
 
 

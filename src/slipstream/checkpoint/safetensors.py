@@ -45,16 +45,16 @@ def _read_shards(folder: Path, names: list[str]) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{where}: names {len(index):,} tensors, more than {MAX_TENSORS:,}")
     for name, file in index.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{where}: {name[:100]!r} must lie in a .safetensors file, not in {str(file)[:100]!r}")
-    files = sorted(set(index.values()))
+            raise CheckpointError(f"{where}: {name[:100]!r} must be in a .safetensors file, not {str(file)[:100]!r}")
+    files = {file: member(folder, file) for file in sorted(set(index.values()))}
     stale = [n for n in names if n not in files and (_SHARD.fullmatch(n) or n == "model.safetensors")]
     if stale:
         raise CheckpointError(
-            f"{where}: does not name {stale[0]}, which lies beside it; files of two saves are mixed: fetch or save again"
+            f"{where}: does not name {stale[0]}, which lies beside it: two saves are mixed; fetch or save again"
         )
     found: dict[str, TensorInfo] = {}
     for file, expected in Counter(index.values()).items():
-        shard = read_header(member(folder, file))
+        shard = read_header(files[file])
         surplus = [n for n in shard if index.get(n) != file]
         if surplus:
             raise CheckpointError(f"{folder / file}: holds {surplus[0]!r}, which {INDEX} does not place there")
@@ -71,7 +71,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or 8 + length > size:
-            raise CheckpointError(f"{path}: is truncated: its header should have {length:,} bytes, the file has {size:,}")
+            raise CheckpointError(f"{path}: is truncated: a header of {length:,} bytes in a file of {size:,}")
         if length > MAX_JSON:
             raise CheckpointError(f"{path}: says its header has {length:,} bytes; over {MAX_JSON:,} is not read")
         raw = f.read(length)

@@ -82,14 +82,17 @@ def read_raw(info: TensorInfo) -> torch.Tensor:
     import torch
 
     out = torch.empty(info.nbytes, dtype=torch.uint8)
-    view = memoryview(out.numpy())
+    view = memoryview(out.numpy())  # type: ignore[arg-type]
     done = 0
-    with info.file.open("rb", buffering=0) as f:
-        while done < info.nbytes:
-            got = os.preadv(f.fileno(), [view[done : done + MAX_READ]], info.offset + done)
-            if got == 0:
-                raise CheckpointError(f"{info.file}: was cut short while in use: {info.name} is no longer all there")
-            done += got
+    try:
+        with info.file.open("rb", buffering=0) as f:
+            while done < info.nbytes:
+                got = os.preadv(f.fileno(), [view[done : done + MAX_READ]], info.offset + done)
+                if got == 0:
+                    raise CheckpointError(f"{info.file}: was cut short while in use: {info.name} is not all there")
+                done += got
+    except OSError as e:
+        raise CheckpointError(f"{info.file}: {info.name} cannot be read: {e}") from e
     return out
 
 

@@ -1,0 +1,157 @@
+"""One path for a weight: a dry run from headers, then read, transform, and hand over to the layer.
+
+The dry run matches the architecture's rules with the names, shapes and dtypes in the headers before any memory is taken.
+Every parameter is written exactly once and every tensor of the checkpoint is used, or the error lists both sides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slipstream.checkpoint.open import Checkpoint
+from slipstream.checkpoint.rules import Weight, rows
+from slipstream.checkpoint.tensors import TensorInfo
+from slipstream.errors import CheckpointError
+from slipstream.ops.linear import Weight as Matrix
+
+Keep = Callable[[str, tuple[int, ...], bool], bool]
+Progress = Callable[[int, int], None]  # bytes read, bytes in all
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|^rope_freqs\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One parameter of the model: where it comes from and in which format it will be held.
+
+    `format` is "dense" or a block format; `arrived` is the format in the checkpoint. `shared` marks a head whose
+    weight is the embedding's.
+    """
+
+    to: str
+    sources: tuple[TensorInfo, ...]
+    rule: Weight
+    shape: tuple[int, ...]
+    format: str
+    shared: bool = False
+
+    @property
+    def arrived(self) -> str:
+        return "+".join(sorted({s.dtype for s in self.sources}))
+
+    @property
+    def widened(self) -> bool:
+        """Blocks that will be held as floats."""
+        return self.format == "dense" and any(s.is_blocks for s in self.sources)
+
+
+def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint, *, num_layers: int, num_experts: int,
+            tied: bool, keep: Keep) -> tuple[Load, ...]:  # fmt: skip
+    """Match rules, parameters and headers.
+
+    Args:
+        model: on the meta device.
+        tied: the head is the embedding.
+        keep: whether blocks of a format can stay blocks in a matrix of this shape (and whether it is an embedding).
+
+    Raises:
+        CheckpointError: names are missing or left over, or shapes or dtypes do not fit.
+    """
+    parameters = {name: p for name, p in model.named_parameters()}
+    loads: list[Load] = []
+    missing: list[str] = []
+    for rule in weights:
+        for layer in range(num_layers) if "{layer}" in rule.to else (None,):
+            to, names = rule.expand(layer, num_experts)
+            if to not in parameters:
+                continue
+            shared = tied and to == "head.weight"
+            names = ("model.embed_tokens.weight",) if shared else names
+            absent = [n for n in names if n not in checkpoint.tensors]
+            if absent:
+                missing += absent
+                continue
+            sources = tuple(checkpoint.tensors[n] for n in names)
+            owner = model.get_submodule(to.rpartition(".")[0])
+            loads.append(_check(to, sources, rule, parameters[to], owner, shared, keep))
+    used = {s.name for load in loads for s in load.sources} | ({"lm_head.weight"} if tied else set())
+    surplus = [n for n in checkpoint.tensors if n not in used and not _UNUSED.search(n)]
+    unwritten = sorted(parameters.keys() - {load.to for load in loads})
+    if missing or surplus or unwritten:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tensors are not those of a {checkpoint.config.get('model_type')} model: "
+            f"missing {_some(missing)}; left over {_some(surplus)}; not written {_some(unwritten)}"
+        )
+    return tuple(loads)
+
+
+def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Tensor, owner: nn.Module, shared: bool,
+           keep: Keep) -> Load:  # fmt: skip
+    for s in sources:
+        if not s.is_blocks and s.dtype not in _FLOATS:
+            raise CheckpointError(f"{s.file}: {s.name} is {s.dtype}, where a {to} must be one of {', '.join(_FLOATS)}")
+    try:
+        shape = tuple(rule.transform([torch.empty(s.shape, device="meta") for s in sources]).shape)
+    except (RuntimeError, ValueError, IndexError) as e:
+        shapes = ", ".join(f"{s.name} {list(s.shape)}" for s in sources[:4])
+        raise CheckpointError(f"{sources[0].file}: {shapes} cannot make {to} {list(parameter.shape)}") from e
+    if shape != tuple(parameter.shape):
+        names = ", ".join(f"{s.name} {list(s.shape)}" for s in sources[:4])
+        raise CheckpointError(
+            f"{sources[0].file}: {names} makes {to} {list(shape)}, but config.json asks for {list(parameter.shape)}"
+        )
+    kinds = {s.dtype for s in sources}
+    whole = len(kinds) == 1 and sources[0].is_blocks and rule.transform is rows and hasattr(owner, "accept")
+    stays = whole and keep(sources[0].dtype, shape, to == "embed.weight")
+    return Load(to, sources, rule, shape, sources[0].dtype if stays else "dense", shared)
+
+
+def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device: torch.device,
+         progress: Progress | None = None) -> None:  # fmt: skip
+    """Read every parameter and hand it over.
+
+    Raises:
+        CheckpointError: a file changed or ended while it was read.
+    """
+    total = sum(s.nbytes for item in loads if not item.shared for s in item.sources)
+    done = 0
+    for item in loads:
+        path, _, leaf = item.to.rpartition(".")
+        owner = model.get_submodule(path)
+        if item.shared:
+            data = model.get_submodule("embed").weight
+        elif item.format == "dense":
+            parameter: Tensor = getattr(owner, leaf)
+            data = item.rule.transform([_dense(checkpoint, s, parameter.dtype) for s in item.sources])
+            data = data.to(device=device, dtype=parameter.dtype)
+        else:
+            data = rows([checkpoint.read_blocks(s.name) for s in item.sources]).to(device)
+        if hasattr(owner, "accept") and leaf == "weight":
+            kept = model.get_submodule("embed").format if item.shared else item.format
+            owner.accept(Matrix(kept, data, (item.shape[0], item.shape[1])), shared=item.shared)
+        else:
+            setattr(owner, leaf, nn.Parameter(data.contiguous(), requires_grad=False))
+        if not item.shared:
+            done += sum(s.nbytes for s in item.sources)
+        if progress is not None:
+            progress(done, total)
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise AssertionError(f"parameters were never written: {left}")
+
+
+def _dense(checkpoint: Checkpoint, source: TensorInfo, dtype: torch.dtype) -> Tensor:
+    """As `dtype`; numbers of a higher precision are rounded once, here."""
+    return checkpoint.dequantize(source.name, dtype) if source.is_blocks else checkpoint.read(source.name).to(dtype)
+
+
+def _some(names: Sequence[str]) -> str:
+    if not names:
+        return "none"
+    return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"

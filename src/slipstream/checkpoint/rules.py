@@ -1,0 +1,63 @@
+"""How a checkpoint's tensors become a model's parameters: the literal tables `WEIGHTS` of the architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Transform = Callable[["Sequence[Tensor]"], "Tensor"]
+
+
+def rows(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor as it is, several one above the other. Works on rows of blocks as on rows of numbers."""
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), 0)
+
+
+def stack_experts(parts: Sequence[Tensor]) -> Tensor:
+    """(experts) matrices -> (experts, out, in)."""
+    import torch
+
+    return torch.stack(tuple(parts))
+
+
+def stack_gate_up(parts: Sequence[Tensor]) -> Tensor:
+    """gate, up, gate, up, ... of the experts -> (experts, 2 * intermediate, in), gate rows first."""
+    import torch
+
+    return torch.stack([torch.cat((gate, up), 0) for gate, up in zip(parts[::2], parts[1::2], strict=True)])
+
+
+def plus_one(parts: Sequence[Tensor]) -> Tensor:
+    """weight -> 1 + weight in float32, for norms that are stored so (Gemma)."""
+    return parts[0].float() + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter and where it comes from.
+
+    Attributes:
+        to: the parameter, with {layer} where it stands in a layer.
+        sources: names in the checkpoint; {layer} as in `to`, and {expert} runs over all experts.
+        shard: how ranks share it: vocab, column (output rows), row (input columns), heads, expert; None is replicated.
+        transform: makes the parameter from the sources in their order.
+    """
+
+    to: str
+    sources: tuple[str, ...]
+    shard: str | None = None
+    transform: Transform = rows
+
+    def expand(self, layer: int | None, num_experts: int) -> tuple[str, tuple[str, ...]]:
+        """Parameter and sources with numbers filled in."""
+        names: list[str] = []
+        experts = range(num_experts) if any("{expert}" in s for s in self.sources) else range(1)
+        for e in experts:
+            names += [s.replace("{layer}", str(layer)).replace("{expert}", str(e)) for s in self.sources]
+        return self.to.replace("{layer}", str(layer)), tuple(names)
