@@ -58,7 +58,8 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020).
         min_p: keep tokens at least min_p times as likely as the best (Nguyen et al. 2024).
         typical_p: locally typical sampling with this mass (Meister et al. 2023).
-        repetition_penalty: divide (or multiply, if negative) the logits of tokens seen in prompt or answer (Keskar et al. 2019).
+        repetition_penalty: divide the logits of tokens seen in prompt or answer, multiply negative ones
+            (Keskar et al. 2019).
         presence_penalty: subtracted once from the logit of each token already in the answer.
         frequency_penalty: subtracted once for each time a token stands in the answer.
         logit_bias: token id -> value added to its logit; -inf forbids the token.

@@ -1,0 +1,309 @@
+"""Sampling against transformers' processors, against its own reference, and against the distribution it claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation import logits_process as hf
+
+from slipstream.errors import RequestError
+from slipstream.ops.sampling import IMPLS, Row, reference
+from slipstream.request import SamplingParams
+
+SAMPLERS = {impl.name: impl.load() for impl in IMPLS}
+each_sampler = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS)
+
+
+def row(prompt: Any = (1, 2), output: Any = (), seed: int = 0, stop: tuple[int, ...] = (), **params: Any) -> Row:
+    return Row(SamplingParams(**params), prompt, output, seed, stop)
+
+
+def random_logits(seed: int, rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def random_row(rng: random.Random, vocab: int) -> Row:
+    """Any combination of parameters; each is at rest half of the time."""
+    values: dict[str, Any] = {
+        "temperature": rng.choice([0, 0.3, 0.7, 1.5, 20]),
+        "top_k": rng.choice([1, 3, 17, vocab + 5]),
+        "top_p": rng.choice([1e-9, 0.2, 0.8, 0.999]),
+        "min_p": rng.choice([0.01, 0.3, 1]),
+        "typical_p": rng.choice([1e-9, 0.2, 0.9]),
+        "repetition_penalty": rng.choice([0.7, 1.3]),
+        "presence_penalty": rng.choice([-1.5, 0.8]),
+        "frequency_penalty": rng.choice([-0.4, 0.6]),
+        "logit_bias": {rng.randrange(vocab): rng.choice([-math.inf, -5, 4]) for _ in range(3)},
+        "min_new_tokens": rng.choice([2, 9]),
+    }
+    values = {name: value for name, value in values.items() if rng.random() < 0.5}
+    if values.get("temperature") == 0:
+        values.pop("typical_p", None)
+    return Row(
+        SamplingParams(**values),
+        [rng.randrange(vocab) for _ in range(rng.randrange(1, 30))],
+        [rng.randrange(vocab) for _ in range(rng.randrange(12))],
+        rng.randrange(-(2**63), 2**64),
+        tuple(rng.randrange(vocab) for _ in range(2)),
+    )
+
+
+def kept_by_transformers(x: torch.Tensor, r: Row) -> torch.Tensor:
+    """The logits (vocab,) that transformers would draw from, -inf where a token is dropped."""
+    p = r.params
+    ids = torch.tensor([[*r.prompt_token_ids, *r.output_token_ids]])
+    steps: list[Any] = []
+    if p.repetition_penalty != 1:
+        steps.append(hf.RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
+    if p.min_new_tokens:
+        steps.append(
+            hf.MinNewTokensLengthLogitsProcessor(len(r.prompt_token_ids), p.min_new_tokens, list(r.stop_token_ids))
+        )
+    if not p.greedy:
+        steps.append(hf.TemperatureLogitsWarper(p.temperature))
+        steps += [hf.TopKLogitsWarper(p.top_k)] if p.top_k else []
+        steps += [hf.TopPLogitsWarper(p.top_p)] if p.top_p < 1 else []
+        steps += [hf.MinPLogitsWarper(p.min_p)] if p.min_p > 0 else []
+        steps += [hf.TypicalLogitsWarper(p.typical_p)] if p.typical_p < 1 else []
+    x = x[None].clone()
+    for step in steps:
+        x = step(ids, x)
+    return x[0]
+
+
+def kept_by_reference(x: torch.Tensor, r: Row, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The tokens the reference can draw: those that win when the noise favours them alone."""
+    kept = set()
+    for token in range(len(x)):
+        noise = torch.ones(1, len(x))
+        noise[0, token] = 1e-37
+        monkeypatch.setattr(reference, "waits", lambda rows, ids, noise=noise: noise)
+        kept |= {token} & set(reference.sample(x[None], [r]))
+    return kept
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.6},
+        {"top_k": 7},
+        {"top_k": 500},
+        {"top_p": 0.83},
+        {"top_p": 1e-9},
+        {"min_p": 0.07},
+        {"typical_p": 0.6},
+        {"typical_p": 1e-9},
+        {"repetition_penalty": 1.7, "top_k": 11},
+        {"repetition_penalty": 0.6, "top_p": 0.6},
+        {"min_new_tokens": 5, "top_k": 13},
+        {"temperature": 1.9, "top_k": 29, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.7},
+    ],
+    ids=str,
+)
+def test_the_tokens_kept_are_those_of_transformers(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(4):
+        x = random_logits(seed, 1, 61)[0]
+        r = row([5, 9, 9, 60], [7, 9, 33], 1, (4, int(x.argmax())), **params)
+        expected = set(kept_by_transformers(x, r).isfinite().nonzero()[:, 0].tolist())
+        assert kept_by_reference(x, r, monkeypatch) == expected
+
+
+@pytest.mark.parametrize(
+    "params", [{"repetition_penalty": 1.7}, {"repetition_penalty": 0.6}, {"min_new_tokens": 4}], ids=str
+)
+def test_the_changed_logits_are_those_of_transformers(params: dict[str, Any]) -> None:
+    x = random_logits(3, 1, 61)[0]
+    r = row([5, 9, 9, 60], [7, 9, 33], 0, (4, 50), temperature=0, **params)
+    torch.testing.assert_close(reference.change_logits(x.clone(), r), kept_by_transformers(x, r))
+    assert not torch.equal(reference.change_logits(x.clone(), r), x)
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    r = row([5, 9], [7, 9, 7, 7], presence_penalty=0.5, frequency_penalty=0.25, logit_bias={7: 2.0, 3: -math.inf})
+    x = reference.change_logits(torch.zeros(11), r)
+    expected = torch.zeros(11)
+    expected[7] = 2.0 - 0.5 - 3 * 0.25
+    expected[9] = -0.5 - 0.25
+    expected[3] = -math.inf
+    torch.testing.assert_close(x, expected)
+
+
+def test_bias_comes_before_the_repetition_penalty() -> None:
+    r = row([7], [], logit_bias={7: 3.0}, repetition_penalty=2.0)
+    assert reference.change_logits(torch.full((11,), -1.0), r)[7] == 1.0  # (-1 + 3) / 2
+
+
+def test_the_fast_sampler_gives_the_tokens_of_the_reference() -> None:
+    rng = random.Random(0)
+    for case in range(150):
+        vocab = rng.choice([3, 40, 611, 5003])
+        x = random_logits(case, rng.randrange(1, 8), vocab, rng.choice([0.1, 3, 12]))
+        if case % 3 == 0:
+            x = x.bfloat16().float()  # many ties
+        rows = [random_row(rng, vocab) for _ in x]
+        before = x.clone()
+        expected = reference.sample(x, rows)
+        assert SAMPLERS["torch"](x, rows) == expected, [r.params for r in rows]
+        assert torch.equal(x, before)
+        # Each row alone, and in another order beside others.
+        assert [SAMPLERS["torch"](x[i : i + 1], [r])[0] for i, r in enumerate(rows)] == expected
+        assert SAMPLERS["torch"](x.flip(0), rows[::-1]) == expected[::-1]
+
+
+def test_shared_draws_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random_logits(1, 7, 101)
+    rows = [row(seed=i, temperature=0.5 + i) for i in range(7)]
+    monkeypatch.setattr("slipstream.ops.sampling.torch._CHUNK", 202)
+    assert SAMPLERS["torch"](x, rows) == reference.sample(x, rows)
+
+
+@each_sampler
+@pytest.mark.parametrize(
+    "params", [{}, {"top_k": 9, "logit_bias": {2: -math.inf}}, {"top_p": 0.95, "temperature": 1.4}], ids=str
+)
+@pytest.mark.parametrize("vary", ["seed", "position"])
+def test_draws_follow_the_distribution(sample: Any, params: dict[str, Any], vary: str) -> None:
+    """Chi-square over fixed seeds, so it cannot flicker; neighbouring seeds, then neighbouring positions."""
+    draws, vocab = 20_000 if not params and sample is SAMPLERS["torch"] else 4_000, 13
+    x = random_logits(5, 1, vocab, 1.0)
+    p = SamplingParams(**params)
+    token = [0]
+    rows = [
+        Row(p, (1,), token * (0 if vary == "seed" else i % 500), seed=i if vary == "seed" else i // 500)
+        for i in range(draws)
+    ]
+    counts = torch.bincount(torch.tensor(sample(x.expand(draws, -1), rows)), minlength=vocab).double()
+    masked = reference.change_logits(x[0].clone(), rows[0])
+    expected = (
+        kept_by_transformers(masked, dataclasses.replace(rows[0], output_token_ids=())).double().softmax(0) * draws
+    )
+    assert counts[expected == 0].sum() == 0
+    live = expected > 0
+    chi2 = ((counts[live] - expected[live]) ** 2 / expected[live]).sum().item()
+    degrees = int(live.sum()) - 1
+    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)
+
+
+def test_the_noise_is_exponential_to_its_tails() -> None:
+    """Quantiles of 4 million waits against -log(1 - q); short ones decide whether unlikely tokens can win."""
+    waits = reference.waits([row(seed=s) for s in range(40)], torch.arange(100_000)).flatten().double()
+    ordered = waits.sort().values
+    for q in (1e-5, 1e-3, 0.1, 0.5, 0.9, 0.999):
+        expected = -math.log1p(-q)
+        deviation = math.sqrt(q / (1 - q) / len(ordered))  # of the sample quantile
+        assert abs(ordered[int(q * len(ordered))].item() - expected) < 5 * deviation
+    assert ordered[0] > 0 and ordered[-1].isfinite()
+
+
+def test_noise_of_neighbours_is_unrelated() -> None:
+    """Next seed, next position, next token: no correlation of their noise."""
+    ids = torch.arange(50_000)
+    base = reference.waits([row(seed=3, output=[0] * 8)], ids)[0]
+    others = {
+        "seed": reference.waits([row(seed=4, output=[0] * 8)], ids)[0],
+        "position": reference.waits([row(seed=3, output=[0] * 9)], ids)[0],
+        "swapped": reference.waits([row(seed=8, output=[0] * 3)], ids)[0],
+        "token": base.roll(1),
+    }
+    for name, other in others.items():
+        assert abs(torch.corrcoef(torch.stack([base, other]))[0, 1]) < 5 / math.sqrt(len(ids)), name
+
+
+def test_noise_of_some_tokens_is_theirs_among_all() -> None:
+    r, ids = row(seed=2**64 - 1, output=[0] * 5), torch.tensor([3, 70, 5000, 4])
+    assert torch.equal(reference.waits([r], ids), reference.waits([row(), r], torch.arange(6000))[1:, ids])
+
+
+@each_sampler
+def test_a_negative_seed_and_its_unsigned_twin_are_one(sample: Any) -> None:
+    x = random_logits(0, 2, 997, 0.1)
+    one, other = sample(x[:1].expand(2, -1), [row(seed=-1), row(seed=2**64 - 1)])
+    assert one == other
+    assert len({sample(x[:1], [row(seed=s)])[0] for s in range(9)}) > 5
+
+
+@each_sampler
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {}, {"top_k": 5}, {"temperature": 0, "presence_penalty": 1}], ids=str
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_is_none_and_harms_no_other(sample: Any, params: dict[str, Any], bad: float) -> None:
+    x = random_logits(2, 3, 53)
+    rows = [row(output=[4], seed=i, **params) for i in range(3)]
+    healthy = sample(x, rows)
+    x[1, :] = -math.inf
+    x[1, 17] = bad
+    assert sample(x, rows) == [healthy[0], None, healthy[2]]
+
+
+@each_sampler
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_with_everything_forbidden_is_none(sample: Any, temperature: float) -> None:
+    banned = dict.fromkeys(range(6), -math.inf)
+    r = row(stop=(6,), logit_bias=banned, min_new_tokens=1, temperature=temperature)
+    assert sample(torch.zeros(1, 7), [r]) == [None]
+    assert sample(torch.zeros(1, 7), [dataclasses.replace(r, output_token_ids=[0])]) == [6]
+
+
+@each_sampler
+@pytest.mark.parametrize("temperature", [1e-6, 1e4])
+@pytest.mark.parametrize("bias", [1e30, -1e30, 0])
+def test_extreme_values_overflow_nothing(sample: Any, temperature: float, bias: float) -> None:
+    x = random_logits(9, 1, 23)
+    r = row([3], [3], temperature=temperature, logit_bias={3: bias}, repetition_penalty=1e4, frequency_penalty=-1e4)
+    assert sample(x, [r]) != [None]
+    tight = row(temperature=1e-6, logit_bias={3: 1e30})
+    assert sample(x, [tight]) == [3]
+
+
+@each_sampler
+def test_stop_tokens_beyond_the_vocabulary_need_no_suppression(sample: Any) -> None:
+    assert sample(torch.eye(5)[3:4], [row(stop=(99, 3), temperature=0, min_new_tokens=1)]) == [0]
+
+
+@each_sampler
+def test_a_bias_beyond_the_vocabulary_is_an_error(sample: Any) -> None:
+    with pytest.raises(RequestError, match="token 5 is not in the vocabulary of 5") as e:
+        sample(torch.zeros(1, 5), [row(logit_bias={5: 1.0})])
+    assert e.value.field == "logit_bias"
+
+
+@each_sampler
+def test_no_rows(sample: Any) -> None:
+    assert sample(torch.empty(0, 5), []) == []
+
+
+@each_sampler
+@pytest.mark.parametrize("shape", [(2, 5), (5,)])
+def test_wrong_shapes_are_refused(sample: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected float32 logits of 1 rows"):
+        sample(torch.zeros(shape), [row()])
+
+
+def test_token_logprobs() -> None:
+    x = random_logits(4, 3, 19)
+    x[2] = x[2].bfloat16().float()
+    x[2, 7] = x[2, 8]  # a tie: neither ranks above the other
+    first, none, last = reference.token_logprobs(x, [5, 6, 7], [4, None, 0])
+    exact = x.double().log_softmax(-1)
+    assert none is None and first is not None and last is not None
+    assert first.token_id == 5 and first.logprob == pytest.approx(exact[0, 5].item(), abs=1e-5)
+    assert first.rank == 1 + int((x[0] > x[0, 5]).sum())
+    order = exact[0].argsort(descending=True)[:4].tolist()
+    assert [t for t, _ in first.top] == order
+    assert [v for _, v in first.top] == pytest.approx(exact[0, order].tolist(), abs=1e-5)
+    assert last.top == () and last.rank == 1 + int((x[2] > x[2, 7]).sum())
+
+
+def test_more_alternatives_than_there_are_tokens_gives_them_all() -> None:
+    (got,) = reference.token_logprobs(torch.eye(3)[:1], [0], [50])
+    assert got is not None and len(got.top) == 3 and got.rank == 1 and got.top[0][0] == 0
+
+
+def test_no_logprobs_wanted() -> None:
+    assert reference.token_logprobs(torch.zeros(2, 3), [0, 1], [None, None]) == [None, None]
