@@ -86,6 +86,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _by_library(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    import numpy as np
     import torch
 
     try:
@@ -93,4 +94,5 @@ def _by_library(rows: torch.Tensor, kind: str) -> torch.Tensor:
         from gguf.quants import dequantize
     except ImportError as e:
         raise CheckpointError(f"{kind} blocks are read by the gguf library: pip install 'slipstream[gguf]'") from e
-    return torch.from_numpy(dequantize(rows.contiguous().numpy(), GGMLQuantizationType[kind]))
+    with np.errstate(all="ignore"):  # a scale that is no number is for whoever runs the model to notice
+        return torch.from_numpy(dequantize(rows.contiguous().numpy(), GGMLQuantizationType[kind]))
