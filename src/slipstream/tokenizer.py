@@ -68,7 +68,9 @@ _STYLES: dict[str, Callable[[], list[Any]]] = {
 }
 _PRE = {
     **dict.fromkeys(("gpt-2", "gpt2", "olmo", "mpt", "jais", "trillion", "granite-docling"), "gpt2"),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "single digits"),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "single digits"
+    ),
     **dict.fromkeys(("default", "falcon"), "falcon"),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), "llama3"),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), "llama3"),
@@ -119,7 +121,10 @@ class Tokenizer:
         self._edges: tuple[list[int], list[int]] | None = None
         if edges is not None:
             bos_id, add_bos, add_eos = self.bos_token_id, *edges
-            self._edges = ([bos_id] if add_bos and bos_id is not None else [], [eos] if add_eos and eos is not None else [])
+            self._edges = (
+                [bos_id] if add_bos and bos_id is not None else [],
+                [eos] if add_eos and eos is not None else [],
+            )
 
     @property
     def chat_template(self) -> str | None:
@@ -137,9 +142,13 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise RequestError(f"the text holds half of a surrogate pair at position {e.start}; it is not valid Unicode") from e
+            raise RequestError(
+                f"the text holds half of a surrogate pair at position {e.start}; it is not valid Unicode"
+            ) from e
         own = add_special_tokens and self._edges is None
-        ids: list[int] = _guard("the tokenizer failed on this text", lambda: self._backend.encode(text, add_special_tokens=own).ids)
+        ids: list[int] = _guard(
+            "the tokenizer failed on this text", lambda: self._backend.encode(text, add_special_tokens=own).ids
+        )
         if add_special_tokens and self._edges is not None:
             return [*self._edges[0], *ids, *self._edges[1]]
         return ids
@@ -198,7 +207,9 @@ class Tokenizer:
         folder = Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json; only `tokenizers` files are read, save the tokenizer in that format")
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json; only `tokenizers` files are read, save the tokenizer in that format"
+            )
         raw = _read(file)
         spec = _parse(file, raw)
         backend = _guard(f"{file} is not a valid tokenizer", lambda: tokenizers.Tokenizer.from_str(raw))
@@ -231,11 +242,15 @@ class Tokenizer:
         types = _array(metadata, "token_type", int, len(tokens)) or [_NORMAL] * len(tokens)
         kind = metadata.get("tokenizer.ggml.model")
         if kind not in ("gpt2", "llama"):
-            raise CheckpointError(f"tokenizer.ggml.model is {kind!r}; known are 'gpt2' (byte-level BPE) and 'llama' (sentencepiece)")
+            raise CheckpointError(
+                f"tokenizer.ggml.model is {kind!r}; known are 'gpt2' (byte-level BPE) and 'llama' (sentencepiece)"
+            )
         if not tokens:
             raise CheckpointError("the GGUF metadata has no tokenizer.ggml.tokens; the file holds no vocabulary")
         if kind == "llama":  # sentencepiece writes its space mark even in tokens that are matched in the raw text
-            tokens = [t.replace("▁", " ") if kind == _USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)]
+            tokens = [
+                t.replace("▁", " ") if kind == _USER_DEFINED else t for t, kind in zip(tokens, types, strict=True)
+            ]
         vocab = {token: i for i, token in enumerate(tokens)}
         if len(vocab) != len(tokens):
             twice = next(t for i, t in enumerate(tokens) if vocab[t] != i)
@@ -244,7 +259,11 @@ class Tokenizer:
         backend = _guard("the GGUF tokenizer is not valid", lambda: build(metadata, vocab, types))
         for special in (True, False):
             wanted = (_CONTROL, _UNKNOWN) if special else (_USER_DEFINED,)
-            added = [AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, types, strict=True) if k in wanted and t]
+            added = [
+                AddedToken(t, normalized=False, special=special)
+                for t, k in zip(tokens, types, strict=True)
+                if k in wanted and t
+            ]
             (backend.add_special_tokens if special else backend.add_tokens)(added)
 
         def text_of(name: str, default: int | None = None) -> dict[str, str]:
@@ -253,7 +272,11 @@ class Tokenizer:
             return {name: tokens[token_id]} if inside and isinstance(token_id, int) else {}
 
         spm = kind == "llama"
-        names = {**text_of("bos", 1 if spm else None), **text_of("eos", 2 if spm else None), **text_of("unknown", 0 if spm else None)}
+        names = {
+            **text_of("bos", 1 if spm else None),
+            **text_of("eos", 2 if spm else None),
+            **text_of("unknown", 0 if spm else None),
+        }
         names |= {**text_of("padding"), **text_of("separator"), **text_of("mask")}
         short = {"unknown": "unk", "padding": "pad", "separator": "sep"}
         ends = {**text_of("eot"), **text_of("eom")}
@@ -265,7 +288,8 @@ class Tokenizer:
             eos_token_ids=[vocab[t] for t in ends.values()],
             chat_templates=_gguf_templates(metadata),
             edges=(
-                metadata.get("tokenizer.ggml.add_bos_token", spm or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS) is True,
+                metadata.get("tokenizer.ggml.add_bos_token", spm or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS)
+                is True,
                 metadata.get("tokenizer.ggml.add_eos_token") is True,
             ),
         )
@@ -377,7 +401,9 @@ def _guard(what: str, work: Callable[[], _T]) -> _T:
 def _byte_level_backend(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> tokenizers.Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in _PRE:
-        raise CheckpointError(f"tokenizer.ggml.pre is {pre!r}, a way to cut words that is not known; known are {', '.join(_PRE)}")
+        raise CheckpointError(
+            f"tokenizer.ggml.pre is {pre!r}, a way to cut words that is not known; known are {', '.join(_PRE)}"
+        )
     merges = [tuple(m.split(" ")) for m in _array(metadata, "merges", str)]
     if not merges:
         raise CheckpointError("the GGUF metadata has no tokenizer.ggml.merges, which byte-level BPE needs")
@@ -388,7 +414,9 @@ def _byte_level_backend(metadata: Mapping[str, Any], vocab: dict[str, int], type
     return backend
 
 
-def _sentencepiece_backend(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> tokenizers.Tokenizer:
+def _sentencepiece_backend(
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
+) -> tokenizers.Tokenizer:
     scores = _array(metadata, "scores", float, len(types))
     if not scores:
         raise CheckpointError("the GGUF metadata has no tokenizer.ggml.scores, which a sentencepiece vocabulary needs")
@@ -404,7 +432,9 @@ def _sentencepiece_backend(metadata: Mapping[str, Any], vocab: dict[str, int], t
     merges.sort(key=lambda m: m[:2])  # the best piece is made first; of its halves, the longer left one
     unknown = next((t for t, i in vocab.items() if types[i] == _UNKNOWN), None)
     backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocab, merges=[m[2:] for m in merges], unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in types)
+        models.BPE(
+            vocab=vocab, merges=[m[2:] for m in merges], unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in types
+        )
     )
     space = normalizers.Replace(" ", "▁")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) is True
@@ -435,7 +465,11 @@ def _array(metadata: Mapping[str, Any], name: str, kind: Callable[[Any], _T], le
 
 def _gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     key = "tokenizer.chat_template"
-    found = {name[len(key) + 1 :] or "default": value for name, value in metadata.items() if name == key or name.startswith(f"{key}.")}
+    found = {
+        name[len(key) + 1 :] or "default": value
+        for name, value in metadata.items()
+        if name == key or name.startswith(f"{key}.")
+    }
     for name, value in found.items():
         if not isinstance(value, str):
             raise CheckpointError(f"the GGUF chat template {name!r} is not a string")
@@ -451,8 +485,16 @@ def _folder_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
         return {}
     if isinstance(value, str):
         return {"default": value}
-    named = value if isinstance(value, list) else [{"name": k, "template": v} for k, v in value.items()] if isinstance(value, dict) else []
-    if named and all(isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in named):
+    named = (
+        value
+        if isinstance(value, list)
+        else [{"name": k, "template": v} for k, v in value.items()]
+        if isinstance(value, dict)
+        else []
+    )
+    if named and all(
+        isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in named
+    ):
         return {t["name"]: t["template"] for t in named}
     raise CheckpointError(f"the chat template in {folder} must be a string or a list of named templates")
 
@@ -478,7 +520,9 @@ def _decoder_kind(file: Path, decoder: Any) -> tuple[bool, bool]:
         return False, any(s.get("prepend_scheme", "always") != "never" for s in steps if s.get("type") == "Metaspace")
     if "Replace" in kinds and any(s.get("content") == " " for s in steps):
         return False, "Strip" in kinds
-    raise CheckpointError(f"{file} decodes with {sorted(kinds) or 'nothing'}; known are ByteLevel and sentencepiece (Metaspace, Replace)")
+    raise CheckpointError(
+        f"{file} decodes with {sorted(kinds) or 'nothing'}; known are ByteLevel and sentencepiece (Metaspace, Replace)"
+    )
 
 
 def _read(file: Path) -> str:
