@@ -104,20 +104,21 @@ def pull(
 
 def _find(name: str | os.PathLike[str], revision: str | None) -> Path | WheelModel | HubModel:
     text = os.fspath(name)
-    path = Path(text).expanduser() if text.strip() and "\0" not in text and len(text) < 4096 else None
-    if path is None:
-        raise CheckpointError(f"{text[:80]!r} is not the name of a model: give a name, a Hub id, a folder or a file.")
+    path = Path(os.path.expanduser(text))
+    is_path = text != "" and os.path.exists(path)  # unlike Path.exists, False for names that no file can have
     model = next((m for m in wheel.TABLE if m.name == text.lower()), None)
+    if revision is not None and (is_path or model):
+        raise CheckpointError(f"{text} is not on the Hub, so it has no revision {revision!r}; leave revision out.")
+    if is_path:
+        return path
+    if model:
+        return model
     asked = HubModel.parse(text)
-    if path.exists() or model:
-        if revision is not None:
-            raise CheckpointError(f"{text} is not on the Hub, so it has no revision {revision!r}; leave revision out.")
-        return path if path.exists() or model is None else model
     if asked is None or text.startswith(".") or (path.suffix in _WEIGHTS and asked.file is None):
         near = difflib.get_close_matches(text.lower(), [m.name for m in wheel.TABLE], cutoff=0.4)
         what = "no such folder or file" if "/" in text or path.suffix in _WEIGHTS else "no model has this name"
         names = f"Did you mean {near[0]}?" if near else f"Known names are {', '.join(m.name for m in wheel.TABLE)}."
-        raise CheckpointError(f"{text}: {what}. {names} Else give a Hub id (org/name), a folder or a file.")
+        raise CheckpointError(f"{text[:200]!r}: {what}. {names} Else give a Hub id (org/name), a folder or a file.")
     if revision is None:
         return asked
     if asked.revision not in ("main", revision):

@@ -126,9 +126,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = "the disk is full; nothing unfinished was kept. Free some space"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why = "not allowed to write there. Change its permissions"
+            why = "not allowed to read or write there. Change its permissions"
         else:
-            raise
+            why = f"{error.strerror or error}. Check the disk"
         where = error.filename or folder
         raise CheckpointError(
             f"{where}: {why}, or name another folder with SLIPSTREAM_HOME (or HF_HOME for the Hub)"

@@ -249,10 +249,14 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
         else:
             why = f"could not be fetched: {_short(error)}. What was complete is kept; pull again"
         raise CheckpointError(f"{model} {why}.") from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, ConnectionError, TimeoutError) as error:
+    except (OSError, httpx.HTTPError) as error:
+        # Without a number it is the client's own word for a short answer; with one, and not of a connection, the disk's.
+        of_network = isinstance(error, (httpx.HTTPError, ConnectionError, TimeoutError))
+        if isinstance(error, OSError) and error.errno is not None and not of_network:
+            raise
         raise CheckpointError(
-            f"{model}: {constants.ENDPOINT} cannot be reached or failed: {_short(error)}. What was complete is "
-            "kept. Pull again, check the network and HTTPS_PROXY, name a mirror with HF_ENDPOINT, or give a folder or file."
+            f"{model}: no answer from {constants.ENDPOINT}: {_short(error)}. What was complete is kept. "
+            "Pull again, check the network and HTTPS_PROXY, name a mirror with HF_ENDPOINT, or give a folder or file."
         ) from error
 
 
