@@ -170,7 +170,11 @@ def _link_out(folder: Path) -> None:
 
 FIRST = "model-00001-of-00002.safetensors"
 FOLDER_FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("parent folder", change_index(lambda m: m | {"b": "../model/model-00002-of-00002.safetensors"}), "plain file name"),
+    (
+        "parent folder",
+        change_index(lambda m: m | {"b": "../model/model-00002-of-00002.safetensors"}),
+        "plain file name",
+    ),
     ("absolute path", change_index(lambda m: m | {"b": "/etc/x.safetensors"}), "plain file name"),
     ("backslash", change_index(lambda m: m | {"b": "..\\x.safetensors"}), "plain file name"),
     ("NUL", change_index(lambda m: m | {"b": "x\0.safetensors"}), "plain file name"),
@@ -193,7 +197,11 @@ FOLDER_FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("config a list", lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object"),
     ("config key twice", lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "twice"),
     ("config too large", lambda f: (f / "config.json").write_text('{"a": "' + "x" * (17 << 20) + '"}'), "bytes"),
-    ("config links out", lambda f: [(f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/passwd")], "link"),
+    (
+        "config links out",
+        lambda f: [(f / "config.json").unlink(), (f / "config.json").symlink_to("/etc/passwd")],
+        "link",
+    ),
     ("generation config broken", lambda f: (f / "generation_config.json").write_text("{"), "not valid JSON"),
 ]
 

@@ -128,9 +128,9 @@ def read_config(gguf: GGUF, arch: str) -> dict[str, Any]:
     _FAMILIES[arch](f, config)
     if "intermediate_size" not in config:
         config["intermediate_size"] = f.integer("feed_forward_length")
-    f.equal("expert_count", 0)
-    f.equal("expert_used_count", 0)
-    f.equal("attention.sliding_window", 0)
+    for key in ("expert_count", "expert_used_count", "attention.sliding_window"):
+        if key not in f.used:  # the family has no such thing
+            f.equal(key, 0)
     f.finish()
     return {**config, **_special_tokens(gguf, config["vocab_size"])}
 
@@ -224,7 +224,6 @@ def _llama(f: Fields, config: dict[str, Any]) -> None:
     window, experts = f.integer("attention.sliding_window", 0, 0, 2**31), f.integer("expert_count", 0, 0, 65536)
     if window:
         config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
-        f.used.add("attention.sliding_window")
     if experts:
         config.update(model_type="mixtral", architectures=["MixtralForCausalLM"], sliding_window=window or None)
         config.update(num_local_experts=experts, num_experts_per_tok=f.integer("expert_used_count", high=experts))
@@ -264,9 +263,8 @@ def _olmo2(f: Fields, config: dict[str, Any]) -> None:
 def _phi3(f: Fields, config: dict[str, Any]) -> None:
     window = f.integer("attention.sliding_window", 0, 0, 2**31)
     config.update(model_type="phi3", architectures=["Phi3ForCausalLM"], sliding_window=window or None)
-    rope = config["rope_parameters"]
-    if rope["rope_type"] == "longrope":
-        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    if f.get("rope.scaling.original_context_length") is not None:
+        config["original_max_position_embeddings"] = f.integer("rope.scaling.original_context_length", high=2**31)
 
 
 def _gemma(f: Fields, config: dict[str, Any], largest: int, every: int) -> None:
