@@ -250,7 +250,7 @@ def _hub_errors(model: HubModel) -> Iterator[None]:
             why = f"could not be fetched: {_short(error)}. What was complete is kept; pull again"
         raise CheckpointError(f"{model} {why}.") from error
     except (OSError, httpx.HTTPError) as error:
-        # Without a number it is the client's own word for a short answer; with one, and not of a connection, the disk's.
+        # Without a number it is the client's word for a short answer; with one, and not of a connection, the disk's.
         of_network = isinstance(error, (httpx.HTTPError, ConnectionError, TimeoutError))
         if isinstance(error, OSError) and error.errno is not None and not of_network:
             raise
