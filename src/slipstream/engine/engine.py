@@ -1,0 +1,224 @@
+"""Requests in, text out: queue, run, commit, detokenize, stream. A single prompt and a thousand take this one path."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from slipstream.cache.pages import Pages
+from slipstream.checkpoint.load import load
+from slipstream.checkpoint.open import Checkpoint
+from slipstream.engine.runner import Runner, StepResult
+from slipstream.errors import RequestError
+from slipstream.plan import Plan
+from slipstream.request import Completion, FinishReason, Metrics, Request, RequestOutput
+from slipstream.scheduler import Scheduler, Sequence
+from slipstream.tokenizer import Detokenizer, StopStrings, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one token added to one answer. `text` may be empty while a stop string or a character may still be coming."""
+
+    index: int
+    token_id: int | None
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """One answer being written."""
+
+    sequence: Sequence
+    stream: Stream
+    completion: Completion
+    detokenizer: Detokenizer
+    stops: StopStrings
+
+
+@dataclass(eq=False)
+class Stream:
+    """The answers to one request as they are written: iterate for `Delta`s; `output` grows as you do.
+
+    Iterating runs the engine, and so serves every other request that is under way too.
+    """
+
+    engine: Engine
+    output: RequestOutput
+    answers: list[_Answer] = field(default_factory=list)
+    pending: deque[Delta] = field(default_factory=deque)
+
+    @property
+    def finished(self) -> bool:
+        return all(c.finish_reason is not None for c in self.output.outputs)
+
+    def __iter__(self) -> Iterator[Delta]:
+        while True:
+            while self.pending:
+                yield self.pending.popleft()
+            if self.finished:
+                return
+            self.engine.step()
+
+    def result(self) -> RequestOutput:
+        """Run to the end."""
+        for _ in self:
+            pass
+        return self.output
+
+    def cancel(self) -> None:
+        """End what is unfinished with `abort`; the text so far stays."""
+        for answer in self.answers:
+            self.engine.end(answer, "abort")
+
+
+class Engine:
+    """One model, its cache and its queue.
+
+    Args:
+        plan: from `make_plan`; the model is loaded here.
+        tokenizer: turns tokens into text.
+        progress: called with (bytes read, bytes in all) while loading.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...],
+                 progress: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+        self.plan, self.tokenizer, self.eos_token_ids = plan, tokenizer, eos_token_ids
+        load(plan.model, plan.loads, checkpoint, plan.device, progress)
+        self.runner = Runner(plan, plan.model)
+        self.scheduler = Scheduler(
+            Pages(plan.groups, plan.num_pages, plan.page_size),
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+        )
+        self._answers: dict[int, _Answer] = {}
+        self._seeds = None if plan.asked.seed is None else _seeds(plan.asked.seed)
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request.
+
+        Raises:
+            RequestError: it names tokens that do not exist, or is longer than max_model_len.
+            CapacityError: the cache could never hold it.
+        """
+        params = request.params
+        vocab = self.plan.model_config.vocab_size
+        for name in ("logit_bias", "stop_token_ids"):
+            bad = [t for t in getattr(params, name) if t >= vocab]
+            if bad:
+                raise RequestError(f"{name}: token {bad[0]} is not in the vocabulary of {vocab}", field=name)
+        self.scheduler.max_length(len(request.prompt_token_ids), params)  # refuse before anything is queued
+        now = time.perf_counter()
+        prompt_logprobs = None if params.prompt_logprobs is None else [None] * len(request.prompt_token_ids)
+        output = RequestOutput(
+            request.id,
+            request.prompt,
+            request.prompt_token_ids,
+            [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)],
+            prompt_logprobs,  # type: ignore[arg-type]
+            Metrics(arrived=now),
+        )
+        stream = Stream(self, output)
+        base = params.seed if params.seed is not None else self._draw_seed()
+        for completion in output.outputs:
+            seed = (base + completion.index) % 2**64
+            sequence = self.scheduler.add(request.prompt_token_ids, params, seed=seed, eos=self.eos_token_ids)
+            detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens, continues=True)
+            stops = StopStrings(params.stop, params.include_stop_str_in_output)
+            answer = _Answer(sequence, stream, completion, detokenizer, stops)
+            stream.answers.append(answer)
+            self._answers[sequence.id] = answer
+        return stream
+
+    def _draw_seed(self) -> int:
+        return secrets.randbits(63) if self._seeds is None else next(self._seeds)
+
+    def step(self) -> bool:
+        """One forward pass, if there is anything to do. An interrupt (Ctrl-C) aborts what was in the pass."""
+        step = self.scheduler.next()
+        if step is None:
+            return False
+        now = time.perf_counter()
+        for s in step.started:
+            metrics = self._answers[s.sequence].stream.output.metrics
+            if metrics is not None and not metrics.started:
+                metrics.started = now
+        try:
+            result = self.runner.run(step)
+        except BaseException:
+            for chunk in step.chunks:  # half-run: the cache of these cannot be trusted
+                self.end(self._answers[chunk.sequence], "abort")
+            raise
+        self._take_prompt_logprobs(result)
+        for sequence, token in self.scheduler.commit(step, result.tokens):
+            self._advance(self._answers[sequence.id], token, result)
+        return True
+
+    def _take_prompt_logprobs(self, result: StepResult) -> None:
+        for sequence, values in result.prompt_logprobs.items():
+            kept = self._answers[sequence].stream.output.prompt_logprobs
+            for position, value in values:
+                if kept is not None:
+                    kept[position] = value
+
+    def _advance(self, answer: _Answer, token: int | None, result: StepResult) -> None:
+        sequence, completion = answer.sequence, answer.completion
+        if token is None:
+            completion.error = "the model's logits for this request were not finite numbers"
+            self._close(answer, "", None)
+            return
+        completion.token_ids.append(token)
+        if completion.logprobs is not None and (logprob := result.logprobs.get(sequence.id)) is not None:
+            completion.logprobs.append(logprob)
+        metrics = answer.stream.output.metrics
+        if metrics is not None and not metrics.first_token:
+            metrics.first_token = time.perf_counter()
+        ended_by_token = sequence.finish_reason == "stop"
+        text, matched = ("", None) if ended_by_token else answer.stops.feed(answer.detokenizer.add(token))
+        if matched is not None:
+            self.scheduler.finish(sequence, "stop", matched)
+            # A stop string wins over reaching max_new_tokens with the same token.
+            sequence.finish_reason, sequence.stop_reason = "stop", matched
+        if sequence.finish_reason is None:
+            completion.text += text
+            answer.stream.pending.append(Delta(completion.index, token, text))
+        else:
+            self._close(answer, text if matched is not None else text + self._rest(answer), token)
+
+    def _rest(self, answer: _Answer) -> str:
+        """What was held back, at the end. A stop string that only now is certain still cuts."""
+        text, matched = answer.stops.feed(answer.detokenizer.finish())
+        if matched is not None:
+            answer.sequence.finish_reason, answer.sequence.stop_reason = "stop", matched
+            return text
+        return text + answer.stops.flush()
+
+    def _close(self, answer: _Answer, text: str, token: int | None) -> None:
+        sequence, completion = answer.sequence, answer.completion
+        completion.text += text
+        completion.finish_reason, completion.stop_reason = sequence.finish_reason, sequence.stop_reason
+        answer.stream.pending.append(Delta(completion.index, token, text, sequence.finish_reason))
+        metrics = answer.stream.output.metrics
+        if metrics is not None and answer.stream.finished:
+            metrics.finished = time.perf_counter()
+        del self._answers[sequence.id]
+
+    def end(self, answer: _Answer, reason: FinishReason) -> None:
+        """End one answer from outside; one that has ended already stays as it is."""
+        if answer.sequence.id in self._answers:
+            self.scheduler.finish(answer.sequence, reason)
+            self._close(answer, self._rest(answer), None)
+
+
+def _seeds(seed: int) -> Iterator[int]:
+    """A repeatable row of seeds for requests that bring none."""
+    import random
+
+    source = random.Random(seed)
+    while True:
+        yield source.getrandbits(63)

@@ -1,0 +1,1 @@
+"""Parts of a model: they hold parameters and call ops."""

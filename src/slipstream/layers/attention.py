@@ -1,0 +1,85 @@
+"""Attention: project, rotate, write keys and values into the cache, look at the cache, project back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from slipstream.batch import Batch
+from slipstream.cache.storage import Storage
+from slipstream.config import ModelConfig, RopeConfig
+from slipstream.layers.linear import Linear
+from slipstream.layers.norm import Norm
+from slipstream.layers.ops import Ops
+
+Angles = dict[RopeConfig | None, tuple[Tensor, Tensor]]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys over the paged cache.
+
+    Args:
+        index: number of the layer: its window, rotation and place in the cache.
+        qk_norm: RMSNorm on queries and keys, for each head ("head") or over all of them at once ("all").
+        plus_one: those norms store weight - 1.
+        qkv_bias, out_bias: biases of the projections.
+        sinks: one learned score a head that takes weight and gives no value.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        index: int,
+        *,
+        qk_norm: Literal["head", "all"] | None = None,
+        plus_one: bool = False,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        sinks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.ops, self.index = ops, index
+        self.rope = config.layers[index].rope
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale, self.softcap = config.attention_scale, config.attn_logit_softcapping
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv = Linear(ops, config.hidden_size, width, bias=qkv_bias)
+        self.out = Linear(ops, self.heads * self.head_dim, config.hidden_size, bias=out_bias)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            per_head = qk_norm == "head"
+            q_width, k_width = (self.head_dim * (1 if per_head else n) for n in (self.heads, self.kv_heads))
+            self.q_norm = Norm(ops, q_width, config.rms_norm_eps, plus_one=plus_one)
+            self.k_norm = Norm(ops, k_width, config.rms_norm_eps, plus_one=plus_one)
+        self.sinks: nn.Parameter | None = None
+        if sinks:
+            self.sinks = nn.Parameter(torch.empty(self.heads, dtype=torch.float32, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor, batch: Batch, cache: Storage, angles: Angles) -> Tensor:  # (tokens, hidden)
+        tokens = x.shape[0]
+        qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        if self.qk_norm:
+            qk = self._norm(qk)
+        if self.rope is not None:
+            qk = self.ops.rope(qk, *angles[self.rope])
+        q, k = qk.split((self.heads, self.kv_heads), 1)
+        group = batch.groups[cache.group_of(self.index)]
+        keys, values = cache.layer(self.index)
+        self.ops.store_kv(k, v, keys, values, group.slots)
+        out = self.ops.attention(
+            q, keys, values, batch, group, scale=self.scale, softcap=self.softcap, sinks=self.sinks
+        )
+        return self.out(out.reshape(tokens, self.heads * self.head_dim))
+
+    def _norm(self, qk: Tensor) -> Tensor:  # (tokens, heads + kv_heads, head_dim)
+        q, k = qk.split((self.heads, self.kv_heads), 1)
+        if self.qk_norm == "all":
+            q = self.q_norm(q.flatten(1)).view(q.shape)
+            k = self.k_norm(k.flatten(1)).view(k.shape)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return torch.cat((q, k), 1)

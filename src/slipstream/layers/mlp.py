@@ -1,0 +1,72 @@
+"""Gated feed-forward layers: dense, and as a mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slipstream.config import ModelConfig
+from slipstream.layers.linear import Linear
+from slipstream.layers.ops import Ops
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * (up x)), gate and up in one product."""
+
+    def __init__(self, ops: Ops, config: ModelConfig, *, bias: bool = False) -> None:
+        super().__init__()
+        self.activation, self.kind = ops.activation, config.hidden_act
+        self.gate_up = Linear(ops, config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
+        return self.down(self.activation(self.gate_up(x), self.kind))
+
+
+class MoE(nn.Module):
+    """A router picks top_k experts for each token and weighs their answers.
+
+    Args:
+        softmax_first: probabilities over all experts, then the best (Mixtral, Qwen); else over the best only (gpt-oss).
+        renormalize: with softmax_first, make the picked probabilities add up to one.
+        bias: router and experts have biases.
+        kind: the gated activation of the experts.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        *,
+        kind: str,
+        softmax_first: bool,
+        renormalize: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.experts, self.kind, self.limit = ops.experts, kind, config.swiglu_limit
+        self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
+        n, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.router = Linear(ops, hidden, n, bias=bias)
+        self.gate_up = _meta(ops, n, 2 * inner, hidden)
+        self.down = _meta(ops, n, hidden, inner)
+        self.gate_up_bias = _meta(ops, n, 2 * inner) if bias else None
+        self.down_bias = _meta(ops, n, hidden) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
+        ids, weights = self.route(self.router(x))
+        return self.experts(
+            x, ids, weights, self.gate_up, self.down, self.gate_up_bias, self.down_bias, kind=self.kind, limit=self.limit
+        )
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, experts) -> ids, weights (tokens, top_k)
+        if not self.softmax_first:
+            best, ids = logits.topk(self.top_k, -1)
+            return ids, F.softmax(best.float(), -1)
+        weights, ids = F.softmax(logits.float(), -1).topk(self.top_k, -1)
+        return ids, weights / weights.sum(-1, keepdim=True) if self.renormalize else weights
+
+
+def _meta(ops: Ops, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=ops.dtype, device="meta"), requires_grad=False)

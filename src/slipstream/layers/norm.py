@@ -1,0 +1,21 @@
+"""RMSNorm with its weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slipstream.layers.ops import Ops
+
+
+class Norm(nn.Module):
+    """`plus_one`: the checkpoint stores weight - 1 (Gemma), so one is added at load and the sum is kept in float32."""
+
+    def __init__(self, ops: Ops, width: int, eps: float, *, plus_one: bool = False) -> None:
+        super().__init__()
+        self.norm, self.eps = ops.norm, eps
+        dtype = torch.float32 if plus_one else ops.dtype
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., width)
+        return self.norm(x, self.weight, self.eps)

@@ -1,0 +1,116 @@
+"""The offline front: load a model by name, then generate, stream and chat."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+from slipstream.checkpoint.open import open_checkpoint
+from slipstream.config import EngineConfig, ModelConfig
+from slipstream.errors import RequestError
+from slipstream.request import Request, RequestOutput, SamplingParams, as_token_ids
+from slipstream.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model ready to answer.
+
+    Args:
+        model: a name that `slipstream models` lists, a Hub id, a folder, or a .gguf file.
+        progress: called with (bytes read, bytes in all) while weights load.
+        options: fields of EngineConfig, such as dtype="bfloat16" or max_model_len=4096.
+
+    Raises:
+        ConfigError, CheckpointError, KernelError, CapacityError: it cannot run as asked; the message says why.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None, **options: Any) -> None:
+        asked = EngineConfig(**options)
+        from slipstream.sources import resolve
+
+        checkpoint = open_checkpoint(resolve(model))
+        self.model_config = ModelConfig.from_hf(checkpoint.config)
+        import torch
+
+        if asked.num_threads is not None:
+            torch.set_num_threads(asked.num_threads)
+        from slipstream.engine.engine import Engine
+        from slipstream.plan import make_plan
+
+        self.plan = make_plan(asked, checkpoint, self.model_config)
+        is_gguf = checkpoint.kind == "gguf"
+        self.tokenizer = Tokenizer.from_gguf(checkpoint.metadata) if is_gguf else Tokenizer.from_folder(checkpoint.path)
+        self.default_params = _default_params(checkpoint.generation_config)
+        eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)
+        self.engine = Engine(self.plan, checkpoint, self.tokenizer, eos, progress)
+        self._ids = itertools.count()
+
+    @overload
+    def generate(self, prompts: str, params: SamplingParams | None = None) -> RequestOutput: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]: ...
+    def generate(self, prompts: Any, params: SamplingParams | None = None) -> RequestOutput | list[RequestOutput]:
+        """Continue one prompt (gives one RequestOutput) or a list of them (gives a list in the same order).
+
+        A prompt is text, or a list of token ids. Prompts of a list run together, whatever their lengths.
+
+        Args:
+            params: None takes the checkpoint's generation_config where it has one.
+
+        Raises:
+            RequestError, CapacityError: a prompt cannot be served; nothing of the list was run.
+        """
+        single = isinstance(prompts, str)
+        streams = []
+        try:
+            for prompt in [prompts] if single else prompts:
+                streams.append(self.submit(prompt, params))
+            outputs = [s.result() for s in streams]
+        except BaseException:
+            for s in streams:
+                s.cancel()
+            raise
+        return outputs[0] if single else outputs
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Any:
+        """Queue a prompt; the `Stream` that comes back gives tokens as they are made. See engine.Stream."""
+        if isinstance(prompt, str):
+            ids = as_token_ids(self.tokenizer.encode(prompt), self.model_config.vocab_size)
+            text: str | None = prompt
+        else:
+            ids, text = as_token_ids(prompt, self.model_config.vocab_size), None
+        return self.engine.submit(Request(f"req-{next(self._ids)}", ids, params or self.default_params, text))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The text of one answer, piece by piece. Closing the iterator ends the request."""
+        params = params or self.default_params
+        if params.n != 1:
+            raise RequestError(f"n: a stream of text carries one answer, not {params.n}; use submit", field="n")
+        stream = self.submit(prompt, params)
+        try:
+            for delta in stream:
+                if delta.text:
+                    yield delta.text
+        finally:
+            stream.cancel()
+
+
+def _default_params(generation: Mapping[str, Any]) -> SamplingParams:
+    """What generation_config.json recommends; greedy only if it says so."""
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+    values = {n: generation[n] for n in names if generation.get(n) is not None}
+    if generation.get("do_sample") is False:
+        values = {n: v for n, v in values.items() if n == "repetition_penalty"} | {"temperature": 0.0}
+    return SamplingParams(**values)
+
+
+def _eos(generation: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every end-of-sequence token that the checkpoint names anywhere."""
+    value = generation.get("eos_token_id", ())
+    named = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return tuple(sorted({t for t in (*named, *config.eos_token_ids, *tokenizer.eos_token_ids) if isinstance(t, int)}))

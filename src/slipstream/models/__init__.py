@@ -1,0 +1,28 @@
+"""The architectures. One short file each (or a family): `build(ops, config)` and the table `WEIGHTS`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from slipstream.errors import CheckpointError
+
+# model_type in config.json -> module here
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "smollm3": "llama",
+}
+
+
+def architecture(model_type: str) -> ModuleType:
+    """The module of an architecture.
+
+    Raises:
+        CheckpointError: it is not one of the known ones, which the message lists.
+    """
+    if model_type not in ARCHITECTURES:
+        raise CheckpointError(f"architecture {model_type!r} is not supported; known are {', '.join(sorted(ARCHITECTURES))}")
+    return import_module(f"slipstream.models.{ARCHITECTURES[model_type]}")

@@ -1,0 +1,98 @@
+"""Linear layers: an implementation lays a weight out once (`prepare`) and multiplies by it from then on.
+
+kernel.prepare(weight, dtype) -> tuple of tensors, from a `Weight` of shape (out, in)
+kernel(x, packed, bias) -> (tokens, out); x (tokens, in)
+
+A weight that arrives in blocks stays in blocks where an implementation takes its format; only the scales change their
+float type, to that of the activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from slipstream.ops.choose import Case, Impl
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix as it arrives: "dense" (out, in) floats, or GGUF blocks (out, bytes_per_row) uint8 of this format."""
+
+    format: str
+    data: Tensor
+    shape: tuple[int, int]
+
+
+class LinearKernel(Protocol):
+    def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]: ...
+
+    def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor: ...
+
+
+def _reference() -> Any:
+    from slipstream.ops.linear.reference import Reference
+
+    return Reference()
+
+
+def _torch() -> Any:
+    from slipstream.ops.linear.torch import Dense
+
+    return Dense()
+
+
+def _onednn() -> Any:
+    from slipstream.ops.linear.onednn import OneDNN
+
+    return OneDNN()
+
+
+def _int4() -> Any:
+    from slipstream.ops.linear.int4 import Int4
+
+    return Int4()
+
+
+def _reject_int4(case: Case) -> str | None:
+    if case.get("format") not in ("Q4_0", "Q4_1", "Q8_0"):
+        return f"takes Q4_0, Q4_1 and Q8_0 blocks, not {case.get('format')}"
+    if case.device != "cpu":
+        return "is an operator of torch for CPUs"
+    if case.dtype != "bfloat16":
+        return f"is fast in bfloat16 only, not in {case.dtype}"
+    if case.get("in_features", 0) % 32 or case.get("out_features", 0) % 64:
+        return "needs rows of a multiple of 32 and columns of a multiple of 64"
+    return None
+
+
+def _reject_onednn(case: Case) -> str | None:
+    if case.get("format") != "dense":
+        return f"takes floats, not {case.get('format')} blocks"
+    if case.device != "cpu":
+        return "is for CPUs"
+    if case.dtype != "bfloat16":
+        return f"packs bfloat16 only, not {case.dtype}"
+    if case.get("shared"):
+        return "the weight is shared with the embedding, which needs it unpacked"
+    import torch
+
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 on this processor"
+    return None
+
+
+def _only_dense(case: Case) -> str | None:
+    return None if case.get("format") == "dense" else f"takes floats, not {case.get('format')} blocks"
+
+
+IMPLS = (
+    Impl("int4pack", _int4, _reject_int4),
+    Impl("onednn", _onednn, _reject_onednn),
+    Impl("torch", _torch, _only_dense),
+    Impl("reference", _reference, _only_dense),
+)

@@ -1,0 +1,43 @@
+"""4-bit blocks of 32 through torch's packed operator for CPUs: value = (code - 8) * scale + zero.
+
+Q4_0 and Q4_1 map onto it code for code. Q8_0 is cut into a high and a low nibble, value = 16 * high + low, and runs as
+two products; no code is changed. Scales become bfloat16, as the operator wants them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slipstream.ops.linear import Weight
+
+
+class Int4:
+    def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        out, width = weight.shape
+        blocks = weight.data.view(out, width // 32, -1)
+        if weight.format == "Q8_0":
+            scale, codes = _half(blocks, 0), blocks[..., 2:].view(torch.int8).view(out, width)
+            high = _pack((codes >> 4) + 8, 16 * scale, torch.zeros_like(scale), dtype)
+            return *high, *_pack(codes & 15, scale, 8 * scale, dtype)
+        scale = _half(blocks, 0)
+        zero = _half(blocks, 2) + 8 * scale if weight.format == "Q4_1" else torch.zeros_like(scale)
+        packed = blocks[..., -16:]
+        codes = torch.cat((packed & 15, packed >> 4), -1).view(out, width)
+        return _pack(codes, scale, zero, dtype)
+
+    def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], 32, packed[1])
+        if len(packed) == 4:
+            out += torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[2], 32, packed[3])
+        return out if bias is None else out.add_(bias)
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 at byte `at` of every block, (out, blocks) float32."""
+    return blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1).float()
+
+
+def _pack(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    return weight, torch.stack((scale, zero), -1).transpose(0, 1).to(dtype).contiguous()  # (blocks, out, 2)

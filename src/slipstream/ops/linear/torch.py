@@ -1,0 +1,17 @@
+"""torch's own linear: cuBLAS on CUDA, oneDNN or MKL on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slipstream.ops.linear import Weight
+
+
+class Dense:
+    def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (weight.data.to(dtype),)
+
+    def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        return F.linear(x, packed[0], bias)

@@ -1,0 +1,12 @@
+"""RMSNorm (Zhang and Sennrich 2019), in float32 whatever comes in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., width), (width,)
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * weight.float()).to(x.dtype)

@@ -1,0 +1,12 @@
+"""RMSNorm by torch's fused operator."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., width), (width,)
+    if weight.dtype != x.dtype:  # a weight kept in float32 because it was shifted by one (Gemma)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)

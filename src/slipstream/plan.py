@@ -1,0 +1,383 @@
+"""What will run where, decided before anything is loaded: each choice with its reason, and the bytes it takes.
+
+    plan = make_plan(asked, checkpoint)
+
+builds the model on the meta device, chooses every op's implementation, matches the checkpoint's headers, and divides
+the memory. Nothing is read but headers, and no tensor has memory yet.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from slipstream.cache.spec import CacheGroup, group_layers
+from slipstream.checkpoint.load import Load, dry_run
+from slipstream.checkpoint.open import Checkpoint
+from slipstream.config import EngineConfig, ModelConfig
+from slipstream.errors import CapacityError, ConfigError, KernelError
+from slipstream.layers.ops import Ops
+from slipstream.layers.transformer import Transformer
+from slipstream.models import architecture
+from slipstream.ops import activation, attention, linear, moe, norm, rope, sampling, store_kv
+from slipstream.ops.choose import Case, Choice, choose
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The device and the bytes free on it."""
+
+    device: str
+    name: str
+    free_bytes: int
+    capability: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every decision. `why` maps a decision to its reason; `choices` holds the implementations with those passed over."""
+
+    asked: EngineConfig
+    model_config: ModelConfig
+    hardware: Hardware
+    device: torch.device
+    dtype: torch.dtype
+    choices: tuple[Choice, ...]
+    ops: Ops
+    model: Transformer  # on the meta device
+    loads: tuple[Load, ...]
+    groups: tuple[CacheGroup, ...]
+    num_pages: tuple[int, ...]
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    weights_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    why: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for --json and for benchmark records."""
+        return {
+            "device": str(self.device),
+            "hardware": self.hardware.name,
+            "dtype": dtype_name(self.dtype),
+            "architecture": self.model_config.model_type,
+            "choices": [
+                {"op": c.op, "implementation": c.name, "reason": c.reason,
+                 "rejected": [{"implementation": n, "why": w} for n, w in c.rejected]}
+                for c in self.choices
+            ],
+            "weights": [
+                {"arrived": a, "held": h, "parameters": n, "bytes": b} for (a, h), (n, b) in self._weights().items()
+            ],
+            "cache_groups": [
+                {"name": g.name, "window": g.window, "layers": len(g.layers), "pages": n,
+                 "bytes_per_token": g.bytes_per_token(self.dtype.itemsize),
+                 "bytes": n * self.page_size * g.bytes_per_token(self.dtype.itemsize)}
+                for g, n in zip(self.groups, self.num_pages, strict=True)
+            ],
+            "page_size": self.page_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "bytes": {
+                "weights": self.weights_bytes, "kv_cache": self.kv_bytes, "workspace": self.workspace_bytes,
+                "total": self.weights_bytes + self.kv_bytes + self.workspace_bytes,
+                "free": self.hardware.free_bytes,
+            },
+            "why": self.why,
+        }  # fmt: skip
+
+    def _weights(self) -> dict[tuple[str, str], tuple[int, int]]:
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for item in self.loads:
+            held = dtype_name(self.dtype) if item.format == "dense" else item.format
+            held = held + " (shared with the embedding)" if item.shared and item.format == "dense" else held
+            n, b = found.get((item.arrived, held), (0, 0))
+            found[item.arrived, held] = (n + 1, b + held_bytes(item, self.dtype))
+        return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelConfig | None = None) -> Plan:
+    """Decide everything for this model on this machine.
+
+    Raises:
+        ConfigError: the device is not there.
+        CheckpointError: the checkpoint does not fit its architecture.
+        KernelError: no implementation can run an op, or a forced one cannot.
+        CapacityError: it does not fit into memory; the message has the numbers.
+    """
+    config = model_config or ModelConfig.from_hf(checkpoint.config)
+    home = architecture(config.model_type)
+    why: dict[str, str] = {}
+    hardware = _hardware(asked, why)
+    dtype = _dtype(asked, config, checkpoint, hardware, why)
+    choices, ops_table = _choose(asked, config, hardware, dtype)
+    model = home.build(ops_table, config)
+    loads = _loads(asked, checkpoint, config, model, home.WEIGHTS, ops_table, why)
+    choices += _linear_choices(asked, loads, hardware, dtype)
+
+    groups = group_layers(config)
+    weights = sum(held_bytes(item, dtype) for item in loads)
+    batched = asked.max_num_batched_tokens
+    workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
+    max_len, num_pages = _pages(asked, config, groups, dtype, hardware, weights, workspace, why)
+    kv = sum(n * asked.page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, num_pages, strict=True))
+    return Plan(
+        asked=asked,
+        model_config=config,
+        hardware=hardware,
+        device=torch.device(hardware.device),
+        dtype=dtype,
+        choices=tuple(choices),
+        ops=ops_table,
+        model=model,
+        loads=loads,
+        groups=groups,
+        num_pages=num_pages,
+        page_size=asked.page_size,
+        max_model_len=max_len,
+        max_num_seqs=asked.max_num_seqs,
+        max_num_batched_tokens=batched,
+        weights_bytes=weights,
+        kv_bytes=kv,
+        workspace_bytes=workspace,
+        why=why,
+    )
+
+
+def _hardware(asked: EngineConfig, why: dict[str, str]) -> Hardware:
+    device = asked.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        why["device"] = "CUDA is available" if device == "cuda" else "no CUDA device is available"
+    else:
+        why["device"] = "asked for"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device: {device} was asked for, but torch sees no CUDA device; use device='cpu'")
+        index = torch.device(device).index or 0
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"device: there is no {device}; torch sees {torch.cuda.device_count()} CUDA devices")
+        free, _ = torch.cuda.mem_get_info(index)
+        return Hardware(device, torch.cuda.get_device_name(index), free, torch.cuda.get_device_capability(index))
+    if device.startswith("mps") and not torch.backends.mps.is_available():
+        raise ConfigError("device: mps was asked for, but torch sees no Apple GPU; use device='cpu'")
+    return Hardware(device, _cpu_name(), _available_memory())
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    except OSError:
+        pass
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without swapping: what the system says is available, within a cgroup's limit."""
+    try:
+        with open("/proc/meminfo") as f:
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            text = limit.read().strip()
+            return free if text == "max" else max(0, min(free, int(text) - int(used.read())))
+    except (OSError, ValueError):
+        return free
+
+
+def _dtype(asked: EngineConfig, config: ModelConfig, checkpoint: Checkpoint, hardware: Hardware, why: dict[str, str]) -> torch.dtype:
+    if asked.dtype != "auto":
+        why["dtype"] = "asked for"
+        return getattr(torch, asked.dtype)
+    blocks = any(t.is_blocks for t in checkpoint.tensors.values())
+    name = "bfloat16" if blocks else config.dtype
+    why["dtype"] = "quantized weights run in bfloat16" if blocks else "the checkpoint's own"
+    if name == "float16" and hardware.device == "cpu":
+        name, why["dtype"] = "bfloat16", "float16 has no fast path on CPUs, bfloat16 has the same size"
+    return getattr(torch, name)
+
+
+def _case(hardware: Hardware, dtype: torch.dtype, **facts: Any) -> Case:
+    return Case(hardware.device.split(":")[0], dtype_name(dtype), hardware.capability, facts)
+
+
+def _choose(asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype) -> tuple[list[Choice], Ops]:
+    case = _case(hardware, dtype)
+    sinks = config.model_type == "gpt_oss"
+    attend = _case(hardware, dtype, softcap=config.attn_logit_softcapping, sinks=sinks, head_dim=config.head_dim)
+    chosen = {
+        "norm": choose("norm", norm.IMPLS, case),
+        "rope": choose("rope", rope.IMPLS, case),
+        "store_kv": choose("store_kv", store_kv.IMPLS, case),
+        "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
+        "activation": choose("activation", activation.IMPLS, case),
+        "sampling": choose("sampling", sampling.IMPLS, case),
+        "moe": choose("moe", moe.IMPLS, case),
+    }
+    kernels: dict[tuple[Any, ...], Any] = {}
+
+    def kernel(format: str, out_features: int, in_features: int, shared: bool) -> Any:
+        key = (format, out_features, in_features, shared)
+        if key not in kernels:
+            kernels[key] = _linear(asked, hardware, dtype, *key).fn
+        return kernels[key]
+
+    table = Ops(
+        norm=chosen["norm"].fn, rope=chosen["rope"].fn, store_kv=chosen["store_kv"].fn, attention=chosen["attention"].fn,
+        activation=chosen["activation"].fn, experts=chosen["moe"].fn, linear=kernel, dtype=dtype, sample=chosen["sampling"].fn,
+    )  # fmt: skip
+    if not config.num_experts:
+        del chosen["moe"]
+    return list(chosen.values()), table
+
+
+def _linear(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool) -> Choice:
+    case = _case(hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
+    force = asked.linear_implementation if format == "dense" else None
+    return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
+
+
+def _loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, model: Transformer, weights: Any, ops_table: Ops,
+           why: dict[str, str]) -> tuple[Load, ...]:  # fmt: skip
+    refused: dict[str, str] = {}
+
+    def keep(format: str, shape: tuple[int, ...], embedding: bool) -> bool:
+        if asked.quantization == "none":
+            refused[format] = "quantization='none' was asked for"
+            return False
+        if embedding:
+            return format in ("Q8_0", "Q4_0", "Q4_1")
+        try:
+            ops_table.linear(format, shape[0], shape[1], False)
+        except KernelError as e:
+            refused.setdefault(format, str(e))
+            return False
+        return True
+
+    loads = dry_run(
+        model, weights, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,
+        tied=config.tie_word_embeddings, keep=keep,
+    )  # fmt: skip
+    embedding = next(item for item in loads if item.to == "embed.weight")
+    loads = tuple(_tie(item, embedding) for item in loads)
+    for item in loads:
+        if item.widened:
+            name = dtype_name(ops_table.dtype)
+            reason = refused.get(item.arrived, "parts of one matrix arrive in different formats")
+            why.setdefault(f"{item.arrived} widened to {name}", reason)
+    return loads
+
+
+def _tie(item: Load, embedding: Load) -> Load:
+    """A shared head is held as the embedding is."""
+    return Load(item.to, item.sources, item.rule, item.shape, embedding.format, True) if item.shared else item
+
+
+def _linear_choices(asked: EngineConfig, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype) -> list[Choice]:
+    found: dict[tuple[str, str], Choice] = {}
+    for item in loads:
+        if item.to.endswith(".weight") and len(item.shape) == 2 and item.to != "embed.weight":
+            c = _linear(asked, hardware, dtype, item.format, item.shape[0], item.shape[1], item.shared)
+            found.setdefault((c.op, c.name), c)
+    return list(found.values())
+
+
+def held_bytes(item: Load, dtype: torch.dtype) -> int:
+    """Bytes in memory. 4-bit blocks take half a byte a weight and a scale and a zero for each 32 of them."""
+    count = 1
+    for n in item.shape:
+        count *= n
+    if item.format == "dense":
+        return 0 if item.shared else count * dtype.itemsize
+    if item.to == "embed.weight":
+        return sum(s.nbytes for s in item.sources)
+    four = count // 2 + count // 32 * 2 * dtype.itemsize
+    return 2 * four if item.format == "Q8_0" else four
+
+
+def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
+    """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
+    inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
+    heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
+    layer = tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
+    return layer + 3 * min(sequences, tokens) * config.vocab_size * 4
+
+
+def _pages(asked: EngineConfig, config: ModelConfig, groups: tuple[CacheGroup, ...], dtype: torch.dtype, hardware: Hardware,
+           weights: int, workspace: int, why: dict[str, str]) -> tuple[int, tuple[int, ...]]:  # fmt: skip
+    """max_model_len and the pages of each group, from the bytes that are left for keys and values."""
+    size, chunk = asked.page_size, asked.max_num_batched_tokens
+    page_bytes = [g.bytes_per_token(dtype.itemsize) * size for g in groups]
+    # On a CPU other programs live beside us: half of what is free. A GPU is usually ours.
+    share = asked.gpu_memory_utilization if hardware.device.startswith("cuda") else min(asked.gpu_memory_utilization, 0.5)
+    budget = asked.kv_cache_memory_bytes
+    why["kv_cache"] = "asked for" if budget is not None else f"at most {share:.0%} of what is free, less weights and workspace"
+    if budget is None:
+        budget = int(hardware.free_bytes * share) - weights - workspace
+        if budget <= 0:
+            raise CapacityError(
+                f"the model does not fit: weights take {weights / GIB:.2f} GiB and workspace {workspace / GIB:.2f} GiB of the "
+                f"{hardware.free_bytes * share / GIB:.2f} GiB that may be used ({share:.0%} of {hardware.free_bytes / GIB:.2f} GiB "
+                "free), which leaves nothing for keys and values; free memory, or take a smaller or quantized model"
+            )
+
+    def need(length: int) -> list[int]:  # pages of one sequence
+        return [g.max_pages(length, chunk, size) for g in groups]
+
+    def cost(pages: list[int]) -> int:
+        return sum(n * b for n, b in zip(pages, page_bytes, strict=True))
+
+    longest = asked.max_model_len or config.max_position_embeddings
+    why["max_model_len"] = "asked for" if asked.max_model_len else "max_position_embeddings of the checkpoint"
+    if asked.max_model_len and asked.max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len: {asked.max_model_len} is more than the {config.max_position_embeddings} positions that the model "
+            "was made for; ask for at most that"
+        )
+    if cost(need(longest)) > budget:
+        if asked.max_model_len is not None:
+            raise CapacityError(
+                f"one request of max_model_len={longest} tokens needs {cost(need(longest)) / GIB:.3f} GiB for keys and values, "
+                f"but {budget / GIB:.3f} GiB are left for them; lower max_model_len or raise kv_cache_memory_bytes"
+            )
+        low, high = 0, longest
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if cost(need(middle)) <= budget else (low, middle - 1)
+        if low < 2:
+            raise CapacityError(f"{budget} bytes for keys and values hold no two tokens; raise kv_cache_memory_bytes")
+        why["max_model_len"] = f"{low} tokens are what {budget / GIB:.3f} GiB of keys and values hold, not the model's {longest}"
+        longest = low
+    one = need(longest)
+    # A step computes at most `chunk` tokens over all sequences, so beside its window only one chunk is held in all.
+    most = [
+        asked.max_num_seqs * (n if g.window is None else g.max_pages(longest, 1, size)) + (0 if g.window is None else n)
+        for g, n in zip(groups, one, strict=True)
+    ]
+    low, high = 0, 1 << 20  # the largest part of `most` that fits, one request being the least
+    def part(k: int) -> list[int]:
+        return [max(a, m * k >> 20) for a, m in zip(one, most, strict=True)]
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(part(middle)) <= budget else (low, middle - 1)
+    return longest, tuple(part(low))
+
+
