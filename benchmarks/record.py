@@ -26,9 +26,10 @@ def record(
     ratio: float | None = None,
     versions: tuple[str, ...] = (),
     choices: dict[str, str] | None = None,
+    family: str | None = None,
     **more: Any,
 ) -> None:
-    """Append the claim to its family's file (`gpu.decode.b1` -> gpu.jsonl).
+    """Append the claim to its family's file.
 
     Args:
         value: the median of what was measured, in `unit`.
@@ -37,6 +38,7 @@ def record(
         ratio: how many times better than the peer; above 1 is good.
         versions: packages whose versions matter, beside slipstream and Python.
         choices: the implementations that ran.
+        family: the file's name, if it is not the first part of the claim's (`gpu.decode.b1` -> gpu.jsonl).
     """
     packages = ("slipstream", *versions)
     line = {
@@ -55,7 +57,7 @@ def record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(line, ensure_ascii=False)
-    with (ROOT / "benchmarks/results" / f"{claim.split('.')[0]}.jsonl").open("a", encoding="utf-8") as file:
+    with (ROOT / "benchmarks/results" / f"{family or claim.split('.')[0]}.jsonl").open("a", encoding="utf-8") as file:
         file.write(text + "\n")
     print(text, flush=True)
 
