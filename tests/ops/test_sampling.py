@@ -113,6 +113,14 @@ def test_the_tokens_kept_are_those_of_transformers(params: dict[str, Any], monke
         assert kept_by_reference(x, r, monkeypatch) == expected
 
 
+def test_of_equal_logits_top_p_keeps_the_lower_ids_and_top_k_all() -> None:
+    x = torch.tensor([-1.0, 0.0]).repeat(500)
+    mask = reference.top_p(x, 0.3, reference.weights(x).sum())
+    kept = math.ceil(0.3 * 500 * (1 + math.exp(-1)))
+    assert mask.nonzero()[:, 0].tolist() == list(range(1, 2 * kept, 2))
+    assert reference.top_k(x, 3).tolist() == [False, True] * 500
+
+
 @pytest.mark.parametrize(
     "params", [{"repetition_penalty": 1.7}, {"repetition_penalty": 0.6}, {"min_new_tokens": 4}], ids=str
 )
@@ -198,6 +206,24 @@ def test_the_noise_is_exponential_to_its_tails() -> None:
         deviation = math.sqrt(q / (1 - q) / len(ordered))  # of the sample quantile
         assert abs(ordered[int(q * len(ordered))].item() - expected) < 5 * deviation
     assert ordered[0] > 0 and ordered[-1].isfinite()
+
+
+def splitmix64(state: int, steps: int) -> int:
+    """The `steps`-th number of the published generator, in plain integers."""
+    z = (state + steps * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def test_the_noise_is_made_of_splitmix64() -> None:
+    assert splitmix64(0, 1) == 0xE220A8397B1DCDAF  # its well-known first number
+    for seed in (0, 1, 2**64 - 1):
+        state = splitmix64(splitmix64(seed, 0), 6)
+        uniform = [(splitmix64(state, t + 1) % 2**63 + 0.5) / 2**63 for t in range(5000)]
+        expected = -torch.log1p(-torch.tensor(uniform, dtype=torch.float64)).float()
+        got = reference.waits([row(seed=seed, output=[0] * 6)], torch.arange(5000))[0]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)  # float32 is coarse just below u = 1
 
 
 def test_noise_of_neighbours_is_unrelated() -> None:

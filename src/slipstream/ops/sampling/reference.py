@@ -129,8 +129,9 @@ def _signed(z: int) -> int:
 def waits(rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:  # (tokens,) int64 -> (rows, tokens)
     """Exponential noise, float32: that of token t is made from the t-th number of the row's splitmix64 stream.
 
-    A hash rather than a `torch.Generator`: 3x faster on a CPU, the same on every device, and the noise of some tokens
-    alone is the same as theirs among all. int64 stands for uint64, so each right shift is masked to be logical.
+    A hash rather than a `torch.Generator`: 3x faster on a CPU, the same on every device up to the rounding of log1p,
+    and the noise of some tokens alone is the same as theirs among all. int64 stands for uint64, so each right shift
+    is masked to be logical.
     """
     starts = torch.tensor([stream(row.seed, row.position) for row in rows], device=tokens.device)
     z = starts[:, None] + (tokens + 1) * _signed(_GOLDEN)
