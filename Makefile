@@ -49,29 +49,33 @@ $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	echo "slipstream needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
 	"Name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	@echo "Installing into $(VENV): about a minute and 1.2 GB, once."
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making $(VENV): about a minute and 1.2 GB, once"
+	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # pip's own indexes first: where they have the CPU build, no other host is asked.
 $(VENV)/.torch: $(VENV)/.made constraints.txt
+	@echo "Installing $(torch) ($(TORCH))"
 ifeq ($(TORCH),cpu)
-	$(install) '$(torch)+cpu' 2>/dev/null \
+	@$(install) '$(torch)+cpu' 2>/dev/null \
 	  || $(install) --extra-index-url $(TORCH_INDEX) '$(torch)+cpu' \
-	  || { echo "No CPU build of torch at $(TORCH_INDEX); taking the one pip's own indexes offer." >&2; $(install) '$(torch)'; }
+	  || { echo "No CPU build at $(TORCH_INDEX); taking the build that pip's own indexes offer." >&2; $(install) '$(torch)'; }
 else
-	$(install) '$(torch)'
+	@$(install) '$(torch)'
 endif
 	@touch $@
 
 $(VENV)/.core: $(VENV)/.torch pyproject.toml constraints.txt
-	$(install) --editable .
+	@echo "Installing slipstream"
+	@$(install) --editable .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(install) --editable '.[test]'
+	@echo "Installing what the tests need"
+	@$(install) --editable '.[test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(install) --editable '.[dev]'
+	@echo "Installing what the checks need"
+	@$(install) --editable '.[dev]'
 	@touch $@
