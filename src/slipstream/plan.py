@@ -263,10 +263,13 @@ def _loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, mod
         if asked.quantization == "none":
             refused[format] = "quantization='none' was asked for"
             return False
-        if embedding:
-            return format in ("Q8_0", "Q4_0", "Q4_1")
+        if embedding and format not in ("Q8_0", "Q4_0", "Q4_1"):
+            refused[format] = "rows of an embedding are looked up in Q8_0, Q4_0 and Q4_1 only"
+            return False
+        if embedding and not config.tie_word_embeddings:
+            return True
         try:
-            ops_table.linear(format, shape[0], shape[1], False)
+            ops_table.linear(format, shape[0], shape[1], embedding)
         except KernelError as e:
             refused.setdefault(format, str(e))
             return False

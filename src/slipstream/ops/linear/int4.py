@@ -17,7 +17,7 @@ class Int4:
         out, width = weight.shape
         blocks = weight.data.view(out, width // 32, -1)
         if weight.format == "Q8_0":
-            scale, codes = _half(blocks, 0), blocks[..., 2:].view(torch.int8).view(out, width)
+            scale, codes = _half(blocks, 0), blocks[..., 2:].reshape(out, width).view(torch.int8)
             high = _pack((codes >> 4) + 8, 16 * scale, torch.zeros_like(scale), dtype)
             return *high, *_pack(codes & 15, scale, 8 * scale, dtype)
         scale = _half(blocks, 0)
