@@ -26,6 +26,7 @@ torch := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 .PHONY: demo test check clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 demo: $(VENV)/.core
 	$(bin)/slipstream pull $(MODEL)
@@ -58,7 +59,7 @@ $(VENV)/.torch: $(VENV)/.made constraints.txt
 	@echo "Installing $(torch) ($(TORCH))"
 ifeq ($(TORCH),cpu)
 	@$(install) '$(torch)+cpu' 2>/dev/null \
-	  || $(install) --extra-index-url $(TORCH_INDEX) '$(torch)+cpu' \
+	  || $(install) --retries 2 --extra-index-url $(TORCH_INDEX) '$(torch)+cpu' \
 	  || { echo "No CPU build at $(TORCH_INDEX); taking the build that pip's own indexes offer." >&2; $(install) '$(torch)'; }
 else
 	@$(install) '$(torch)'

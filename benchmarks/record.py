@@ -57,7 +57,9 @@ def record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     text = json.dumps(line, ensure_ascii=False)
-    with (ROOT / "benchmarks/results" / f"{family or claim.split('.')[0]}.jsonl").open("a", encoding="utf-8") as file:
+    path = ROOT / "benchmarks/results" / f"{family or claim.split('.')[0]}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
         file.write(text + "\n")
     print(text, flush=True)
 

@@ -168,6 +168,10 @@ def test_force_downloads_again(hub: Hub) -> None:
     hub.asked.clear()
     assert pull(REPO, force=True).status == "downloaded"
     assert "model.safetensors" in hub.fetched()
+    hub.gated = True
+    with pytest.raises(CheckpointError, match="is gated"):
+        pull(REPO, force=True)
+    assert (resolve(REPO, download=False) / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

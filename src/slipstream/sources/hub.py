@@ -59,6 +59,10 @@ class Record:
     def path(self, model: HubModel) -> Path:
         return Path(self.folder, model.file) if model.file else Path(self.folder)
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        return {name: digest for name, (_, digest) in self.files.items()}
+
     def is_whole(self) -> bool:
         """Whether every file is still there with its size."""
         try:
@@ -112,8 +116,6 @@ def fetch(model: HubModel, progress: Progress, *, force: bool = False) -> tuple[
         if before and before.commit == info.sha and not force:
             return before, False
         names = _wanted(model, info, siblings)
-        if force:
-            _record_path(model).unlink(missing_ok=True)
         folder = Path(
             snapshot_download(
                 model.repo,

