@@ -97,7 +97,7 @@ def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Te
         if not s.is_blocks and s.dtype not in _FLOATS:
             raise CheckpointError(f"{s.file}: {s.name} is {s.dtype}, where a {to} must be one of {', '.join(_FLOATS)}")
     try:
-        shape = tuple(rule.transform([torch.empty(s.shape, device="meta") for s in sources]).shape)
+        shape = rule.shape([s.shape for s in sources])
     except (RuntimeError, ValueError, IndexError) as e:
         shapes = ", ".join(f"{s.name} {list(s.shape)}" for s in sources[:4])
         raise CheckpointError(f"{sources[0].file}: {shapes} cannot make {to} {list(parameter.shape)}") from e

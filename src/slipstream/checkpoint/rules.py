@@ -61,3 +61,17 @@ class Weight:
         for e in experts:
             names += [s.replace("{layer}", str(layer)).replace("{expert}", str(e)) for s in self.sources]
         return self.to.replace("{layer}", str(layer)), tuple(names)
+
+    def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """What the transform makes of sources of these shapes, without any memory.
+
+        Raises:
+            ValueError, RuntimeError, IndexError: it cannot take them.
+        """
+        if self.transform is rows:  # in plain numbers: torch.cat on the meta device imports a compiler for a second
+            if len({s[1:] for s in shapes}) != 1 or not shapes[0]:
+                raise ValueError("rows of different widths")
+            return (sum(s[0] for s in shapes), *shapes[0][1:])
+        import torch
+
+        return tuple(self.transform([torch.empty(s, device="meta") for s in shapes]).shape)

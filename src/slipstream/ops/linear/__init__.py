@@ -52,6 +52,25 @@ def _onednn() -> Any:
     return OneDNN()
 
 
+def _blocks() -> Any:
+    from slipstream.ops.linear.blocks import Blocks
+
+    return Blocks()
+
+
+def _reject_blocks(case: Case) -> str | None:
+    if case.get("format") not in ("Q4_0", "Q4_1", "Q8_0"):
+        return f"takes Q4_0, Q4_1 and Q8_0 blocks, not {case.get('format')}"
+    if case.device != "cpu":
+        return "is compiled for CPUs"
+    if case.dtype not in ("bfloat16", "float32"):
+        return f"takes bfloat16 and float32 activations, not {case.dtype}"
+    from slipstream.ops.native import build
+
+    library = build("blocks")
+    return library if isinstance(library, str) else None
+
+
 def _int4() -> Any:
     from slipstream.ops.linear.int4 import Int4
 
@@ -91,6 +110,7 @@ def _only_dense(case: Case) -> str | None:
 
 
 IMPLS = (
+    Impl("blocks", _blocks, _reject_blocks),
     Impl("int4pack", _int4, _reject_int4),
     Impl("onednn", _onednn, _reject_onednn),
     Impl("torch", _torch, _only_dense),

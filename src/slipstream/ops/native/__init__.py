@@ -1,0 +1,55 @@
+"""C sources compiled on first use by the compiler that is there, and kept in the cache; without one, other
+implementations take their place. Nothing is downloaded: the source is the file beside this one."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
+
+
+@functools.cache
+def build(name: str) -> ctypes.CDLL | str:
+    """The library made from `name`.c, or a sentence that says why there is none."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return "there is no C compiler (cc) on this machine"
+    source = Path(__file__).with_name(f"{name}.c")
+    key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:24]
+    path = _folder() / f"{name}-{key}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                made = Path(scratch) / path.name
+                command = [compiler, *FLAGS, str(source), "-o", str(made), "-lm"]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+                if done.returncode:
+                    lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+                    return f"{compiler} could not compile {source.name}: {lines[0][:200]}"
+                os.replace(made, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"{source.name} could not be compiled or loaded: {e}"
+
+
+def _folder() -> Path:
+    base = os.environ.get("SLIPSTREAM_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
+    return Path(base) / "native"
+
+
+def _processor() -> str:
+    """Which instructions there are: a cache shared between machines must not mix them up."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next((line for line in f if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor() + platform.machine()
