@@ -1,4 +1,4 @@
-"""Builds the tokenizer that GGUF metadata describes: byte-level or sentencepiece BPE, words cut as llama.cpp names it."""
+"""Builds the tokenizer that GGUF metadata describes: byte-level or sentencepiece BPE, words cut as llama.cpp does."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def read_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: the metadata is incomplete, contradicts itself, or names a kind that is not known.
     """
     tokens = _array(metadata, "tokens", str)
+    if not tokens:
+        raise CheckpointError("the GGUF metadata has no tokenizer.ggml.tokens; the file holds no vocabulary")
     types = _array(metadata, "token_type", int, len(tokens)) or [_NORMAL] * len(tokens)
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
             f"tokenizer.ggml.model is {kind!r}; known are 'gpt2' (byte-level BPE) and 'llama' (sentencepiece)"
         )
-    if not tokens:
-        raise CheckpointError("the GGUF metadata has no tokenizer.ggml.tokens; the file holds no vocabulary")
     if kind == "llama":  # sentencepiece writes its space mark even in tokens that are matched in the raw text
         tokens = [t.replace("▁", " ") if k == _USER_DEFINED else t for t, k in zip(tokens, types, strict=True)]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -212,11 +212,8 @@ def _array(metadata: Mapping[str, Any], name: str, kind: Callable[[Any], _T], le
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     key = "tokenizer.chat_template"
-    found = {
-        name[len(key) + 1 :] or "default": value
-        for name, value in metadata.items()
-        if name == key or name.startswith(f"{key}.")
-    }
+    names = [name for name in metadata if name == key or name.startswith(f"{key}.")]
+    found = {name[len(key) + 1 :] or "default": metadata[name] for name in names}
     for name, value in found.items():
         if not isinstance(value, str):
             raise CheckpointError(f"the GGUF chat template {name!r} is not a string")
