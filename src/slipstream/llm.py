@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig, ModelConfig
-from slipstream.errors import RequestError
+from slipstream.errors import CheckpointError, RequestError
 from slipstream.request import Request, RequestOutput, SamplingParams, as_token_ids
 from slipstream.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from slipstream.conversation import ChatDelta, ChatOutput, ChatStream, Messages
+    from slipstream.engine.engine import Stream
+
 Prompt = str | Sequence[int]
-Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -77,7 +80,7 @@ class LLM:
             raise
         return outputs[0] if single else outputs
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Any:
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Queue a prompt; the `Stream` that comes back gives tokens as they are made. See engine.Stream."""
         if isinstance(prompt, str):
             ids = as_token_ids(self.tokenizer.encode(prompt), self.model_config.vocab_size)
@@ -99,6 +102,71 @@ class LLM:
         finally:
             stream.cancel()
 
+    def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> ChatOutput:
+        """Answer a conversation. `options` are those of submit_chat.
+
+        >>> llm.chat([{"role": "user", "content": "Explain gravity to a child."}]).message["content"]
+        """
+        stream = self.submit_chat(messages, params, **options)
+        try:
+            return stream.result()
+        except BaseException:
+            stream.cancel()
+            raise
+
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[ChatDelta]:
+        """The answer to a conversation, piece by piece. Closing the iterator ends the request."""
+        stream = self.submit_chat(messages, params, **options)
+        try:
+            yield from stream
+        finally:
+            stream.cancel()
+
+    def submit_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        reasoning_effort: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_variables: Any,
+    ) -> ChatStream:
+        """Queue a conversation's next answer.
+
+        Args:
+            messages: dicts with "role" and "content", oldest first.
+            params: None takes the checkpoint's generation_config and lets the model end its turn, however long.
+            reasoning_effort: how long to think before the answer; gpt-oss knows low, medium and high.
+            tools: the functions that the model may call, as OpenAI's API describes them.
+            add_generation_prompt: end the prompt with the words that begin the model's turn.
+            template_variables: whatever else the chat template reads, such as enable_thinking.
+
+        Raises:
+            RequestError: the conversation is not valid or too long, the model has no chat template, or its format
+                has no use for an option that was given.
+        """
+        from slipstream import conversation  # here, as it loads jinja2, which a plain `generate` does not need
+
+        harmony = self.model_config.model_type == "gpt_oss"
+        prompt = conversation.render_prompt(
+            self.tokenizer,
+            messages,
+            harmony=harmony,
+            reasoning_effort=reasoning_effort,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=template_variables,
+        )
+        params = params or self.default_params.replace(max_new_tokens=None)
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False)  # the template has written its own
+        seen = conversation.engine_params(self.tokenizer, params, harmony=harmony)
+        checked = as_token_ids(ids, self.model_config.vocab_size)
+        stream = self.engine.submit(Request(f"req-{next(self._ids)}", checked, seen, prompt))
+        return conversation.ChatStream(stream, conversation.open_parsers(self.tokenizer, params, harmony=harmony))
+
 
 def _default_params(generation: Mapping[str, Any]) -> SamplingParams:
     """What generation_config.json recommends; greedy only if it says so."""
@@ -106,7 +174,10 @@ def _default_params(generation: Mapping[str, Any]) -> SamplingParams:
     values = {n: generation[n] for n in names if generation.get(n) is not None}
     if generation.get("do_sample") is False:
         values = {n: v for n, v in values.items() if n == "repetition_penalty"} | {"temperature": 0.0}
-    return SamplingParams(**values)
+    try:
+        return SamplingParams(**values)
+    except RequestError as e:
+        raise CheckpointError(f"generation_config.json: {e}") from e
 
 
 def _eos(generation: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
