@@ -127,6 +127,12 @@ def build_batch(
     )
 
 
+def neighbours(pages: tuple[int, ...]) -> bool:
+    """Whether each page follows the one before it: the whole context is then one slice of the cache."""
+    low, high = pages[0], pages[-1] + 1
+    return high - low == len(pages) and pages == tuple(range(low, high))
+
+
 def _group(index: int, group: CacheGroup, chunks: Sequence[Chunk], page_size: int, device: torch.device) -> GroupBatch:
     slots: list[int] = []
     contexts: list[Context] = []
@@ -134,8 +140,7 @@ def _group(index: int, group: CacheGroup, chunks: Sequence[Chunk], page_size: in
         table = c.tables[index]
         base = table.first * page_size
         first = group.first_visible(c.start)
-        run = all(b == a + 1 for a, b in zip(table.pages, table.pages[1:], strict=False))
-        if run:
+        if neighbours(table.pages):
             shift = table.pages[0] * page_size - base
             slots.extend(range(c.start + shift, c.end + shift))
             contexts.append(Context(first, c.end, slice(first + shift, c.end + shift)))

@@ -136,10 +136,12 @@ class Scheduler:
                 i += 1
         while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
             seq = self.waiting[0]
-            count = min(budget, len(seq.tokens))
-            if not self.pages.reserve(seq.id, 0, count):
-                self.pages.free(seq.id)
+            # Room for all of its tokens, not for the first piece: or it would be thrown out again before it has
+            # answered, and take the same pages and the same work in the next step.
+            if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens):
                 break
+            count = min(budget, len(seq.tokens))
+            self.pages.reserve(seq.id, 0, count)
             self.running.append(self.waiting.popleft())
             if not seq.known:
                 seq.known = True
@@ -200,9 +202,22 @@ class Scheduler:
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         self.pages.free(seq.id)
-        if seq in self.running:
-            self.running.remove(seq)
-        else:
-            self.waiting.remove(seq)
+        for queue in (self.running, self.waiting):
+            if seq in queue:
+                queue.remove(seq)
         if seq.known:
             self._forget.append(seq.id)
+
+    def reset(self) -> None:
+        """Begin anew with empty queues and free pages, after an interrupt that may have left them half-changed."""
+        self.pages = Pages(self.pages.groups, [pool.num_pages for pool in self.pages.pools], self.pages.page_size)
+        self.running.clear()
+        self.waiting.clear()
+
+    def stop(self, seq: Sequence, string: str) -> None:
+        """A stop string stands in the text: it wins over a length or an end token reached with the same token."""
+        self.finish(seq, "stop", string)
+        if seq.finish_reason == "length":
+            self.counters.finished["length"] -= 1
+            self.counters.finished["stop"] = self.counters.finished.get("stop", 0) + 1
+        seq.finish_reason, seq.stop_reason = "stop", string

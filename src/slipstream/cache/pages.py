@@ -94,6 +94,11 @@ class Pages:
             del table.pages[:dead]
             table.first += dead
 
+    def fits(self, length: int, chunk: int) -> bool:
+        """Whether the free pages are enough to compute `length` tokens from the first on, `chunk` at a time."""
+        need = (group.max_pages(length, chunk, self.page_size) for group in self.groups)
+        return all(n <= pool.num_free for n, pool in zip(need, self.pools, strict=True))
+
     def tables(self, sequence: int) -> tuple[PageTable, ...]:
         return tuple(PageTable(t.first, tuple(t.pages)) for t in self._tables[sequence])
 

@@ -14,14 +14,14 @@ from slipstream.checkpoint.open import Checkpoint
 from slipstream.engine.runner import Runner, StepResult
 from slipstream.errors import RequestError
 from slipstream.plan import Plan
-from slipstream.request import Completion, FinishReason, Metrics, Request, RequestOutput
+from slipstream.request import Completion, FinishReason, Metrics, Request, RequestOutput, Step, as_token_ids
 from slipstream.scheduler import Scheduler, Sequence
 from slipstream.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one token added to one answer. `text` may be empty while a stop string or a character may still be coming."""
+    """What one token added to one answer. `text` may be empty while a stop string or a character may still come."""
 
     index: int
     token_id: int | None
@@ -62,7 +62,8 @@ class Stream:
                 yield self.pending.popleft()
             if self.finished:
                 return
-            self.engine.step()
+            if not self.engine.step():
+                raise AssertionError("an unfinished answer is in no queue")
 
     def result(self) -> RequestOutput:
         """Run to the end."""
@@ -108,6 +109,7 @@ class Engine:
         """
         params = request.params
         vocab = self.plan.model_config.vocab_size
+        as_token_ids(request.prompt_token_ids, vocab)
         for name in ("logit_bias", "stop_token_ids"):
             bad = [t for t in getattr(params, name) if t >= vocab]
             if bad:
@@ -139,25 +141,42 @@ class Engine:
         return secrets.randbits(63) if self._seeds is None else next(self._seeds)
 
     def step(self) -> bool:
-        """One forward pass, if there is anything to do. An interrupt (Ctrl-C) aborts what was in the pass."""
-        step = self.scheduler.next()
-        if step is None:
-            return False
+        """One forward pass, if there is anything to do. What raises in it also ends the answers that were in the pass.
+
+        An interrupt (Ctrl-C) ends them with `abort`, anything else with `error`; the engine stays usable.
+        """
+        running = False
+        try:
+            step = self.scheduler.next()
+            if step is None:
+                return False
+            self._note_started(step)
+            running = True
+            result = self.runner.run(step)
+            running = False
+            self._take_prompt_logprobs(result)
+            for sequence, token in self.scheduler.commit(step, result.tokens):
+                self._advance(self._answers[sequence.id], token, result)
+        except BaseException as e:
+            if running and step is not None:  # half-run: the cache of this pass cannot be trusted
+                lost = [self._answers[c.sequence] for c in step.chunks]
+            else:  # half-counted: no queue and no page table can be trusted
+                lost = list(self._answers.values())
+                self.scheduler.reset()
+            for answer in lost:
+                answer.sequence.finish_reason = None  # its last token may be lost
+                if isinstance(e, Exception):
+                    answer.completion.error = f"{type(e).__name__}: {e}"
+                self.end(answer, "error" if isinstance(e, Exception) else "abort")
+            raise
+        return True
+
+    def _note_started(self, step: Step) -> None:
         now = time.perf_counter()
         for s in step.started:
             metrics = self._answers[s.sequence].stream.output.metrics
             if metrics is not None and not metrics.started:
                 metrics.started = now
-        try:
-            result = self.runner.run(step)
-        except BaseException:
-            for chunk in step.chunks:  # half-run: the cache of these cannot be trusted
-                self.end(self._answers[chunk.sequence], "abort")
-            raise
-        self._take_prompt_logprobs(result)
-        for sequence, token in self.scheduler.commit(step, result.tokens):
-            self._advance(self._answers[sequence.id], token, result)
-        return True
 
     def _take_prompt_logprobs(self, result: StepResult) -> None:
         for sequence, values in result.prompt_logprobs.items():
@@ -169,8 +188,8 @@ class Engine:
     def _advance(self, answer: _Answer, token: int | None, result: StepResult) -> None:
         sequence, completion = answer.sequence, answer.completion
         if token is None:
-            completion.error = "the model's logits for this request were not finite numbers"
-            self._close(answer, "", None)
+            completion.error = "no token to choose: logits that are not finite numbers, or every token is forbidden"
+            self._close(answer, self._rest(answer), None)
             return
         completion.token_ids.append(token)
         if completion.logprobs is not None and (logprob := result.logprobs.get(sequence.id)) is not None:
@@ -181,9 +200,7 @@ class Engine:
         ended_by_token = sequence.finish_reason == "stop"
         text, matched = ("", None) if ended_by_token else answer.stops.feed(answer.detokenizer.add(token))
         if matched is not None:
-            self.scheduler.finish(sequence, "stop", matched)
-            # A stop string wins over reaching max_new_tokens with the same token.
-            sequence.finish_reason, sequence.stop_reason = "stop", matched
+            self.scheduler.stop(sequence, matched)
         if sequence.finish_reason is None:
             completion.text += text
             answer.stream.pending.append(Delta(completion.index, token, text))
@@ -193,10 +210,11 @@ class Engine:
     def _rest(self, answer: _Answer) -> str:
         """What was held back, at the end. A stop string that only now is certain still cuts."""
         text, matched = answer.stops.feed(answer.detokenizer.finish())
-        if matched is not None:
-            answer.sequence.finish_reason, answer.sequence.stop_reason = "stop", matched
-            return text
-        return text + answer.stops.flush()
+        if matched is None:
+            return text + answer.stops.flush()
+        if answer.sequence.finish_reason in ("length", "stop"):
+            self.scheduler.stop(answer.sequence, matched)
+        return text
 
     def _close(self, answer: _Answer, text: str, token: int | None) -> None:
         sequence, completion = answer.sequence, answer.completion
