@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import itertools
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from slipstream.checkpoint.open import open_checkpoint
@@ -34,10 +39,13 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None, **options: Any) -> None:
         asked = EngineConfig(**options)
+        _read_torch_ahead()
         from slipstream.sources import resolve
 
         checkpoint = open_checkpoint(resolve(model))
         self.model_config = ModelConfig.from_hf(checkpoint.config)
+        is_gguf = checkpoint.kind == "gguf"
+        self.tokenizer = Tokenizer.from_gguf(checkpoint.metadata) if is_gguf else Tokenizer.from_folder(checkpoint.path)
         import torch
 
         if asked.num_threads is not None:
@@ -46,8 +54,6 @@ class LLM:
         from slipstream.plan import make_plan
 
         self.plan = make_plan(asked, checkpoint, self.model_config)
-        is_gguf = checkpoint.kind == "gguf"
-        self.tokenizer = Tokenizer.from_gguf(checkpoint.metadata) if is_gguf else Tokenizer.from_folder(checkpoint.path)
         self.default_params = _default_params(checkpoint.generation_config)
         eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)
         self.engine = Engine(self.plan, checkpoint, self.tokenizer, eos, progress)
@@ -166,6 +172,16 @@ class LLM:
         checked = as_token_ids(ids, self.model_config.vocab_size)
         stream = self.engine.submit(Request(f"req-{next(self._ids)}", checked, seen, prompt))
         return conversation.ChatStream(stream, conversation.open_parsers(self.tokenizer, params, harmony=harmony))
+
+
+def _read_torch_ahead() -> None:
+    """Let a thread bring torch's libraries into memory while this one reads the tokenizer: importing waits less."""
+    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return
+    library = Path(spec.origin).with_name("lib") / "libtorch_python.so"
+    if library.exists():
+        threading.Thread(target=ctypes.CDLL, args=(str(library),), daemon=True).start()
 
 
 def _default_params(generation: Mapping[str, Any]) -> SamplingParams:
