@@ -137,8 +137,10 @@ def _backend(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int
     kind = metadata["tokenizer.ggml.model"]
     backend = (_byte_level_backend if kind == "gpt2" else _sentencepiece_backend)(metadata, vocab, types)
     for special, kinds in ((True, (_CONTROL, _UNKNOWN)), (False, (_USER_DEFINED,))):
-        found = [AddedToken(t, normalized=False, special=special) for t, i in vocab.items() if types[i] in kinds and t]
-        (backend.add_special_tokens if special else backend.add_tokens)(found)
+        # in the order of ids, and so of `types`
+        found = [t for t, kind in zip(vocab, types, strict=True) if kind in kinds and t]
+        tokens = [AddedToken(t, normalized=False, special=special) for t in found]
+        (backend.add_special_tokens if special else backend.add_tokens)(tokens)
     return backend
 
 
@@ -151,7 +153,7 @@ def _byte_level_backend(metadata: Mapping[str, Any], vocab: dict[str, int], type
     merges: list[Any] = [tuple(m.split(" ")) for m in _array(metadata, "merges", str)]
     if not merges:
         raise CheckpointError("the GGUF metadata has no tokenizer.ggml.merges, which byte-level BPE needs")
-    if any(len(m) != 2 for m in merges):
+    if set(map(len, merges)) != {2}:
         raise CheckpointError("tokenizer.ggml.merges must hold two tokens parted by one space in each entry")
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     backend.pre_tokenizer = pre_tokenizers.Sequence(_STYLES[_PRE[pre]]())
@@ -199,10 +201,10 @@ def _array(metadata: Mapping[str, Any], name: str, kind: Callable[[Any], _T], le
             raise TypeError(f"not an array of at most {_MAX_TOKENS}")
         if kind is str:
             items = list(value)
-            if not all(isinstance(i, str) for i in items):
+            if not set(map(type, items)) <= {str}:
                 raise TypeError("not strings")
         else:
-            items = [kind(i) for i in value]
+            items = list(map(kind, value))
     except (TypeError, ValueError) as e:
         raise CheckpointError(f"tokenizer.ggml.{name} is damaged: {e}") from e
     if length is not None and len(items) != length:
