@@ -1,0 +1,508 @@
+"""Random traces against scheduler and pages, with a fake model that reads what it is told to from a fake cache.
+
+After every step: no page lost or owned twice, every table covers exactly what is seen, the budget is kept, the oldest
+request moves on, and what the fake cache holds at each visible position is that request's own token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+from slipstream.cache.pages import PagePool, Pages
+from slipstream.cache.spec import CacheGroup, group_layers
+from slipstream.config import ModelConfig
+from slipstream.errors import CapacityError, RequestError
+from slipstream.request import SamplingParams, Step
+from slipstream.scheduler import Scheduler, Sequence
+
+EOS = 1
+
+
+def groups_of(*windows: int | None) -> tuple[CacheGroup, ...]:
+    return tuple(CacheGroup(w, (i,), num_kv_heads=2, head_dim=16) for i, w in enumerate(windows))
+
+
+def answer_token(seed: int, position: int) -> int:
+    """What the fake model says at this position: one in 24 is the end token, one in 400 is no token at all (0)."""
+    x = random.Random(seed * 100_003 + position).random()
+    return 0 if x < 1 / 400 else EOS if x < 1 / 24 else 2 + int(x * 1000)
+
+
+def alone(seq: Sequence) -> tuple[list[int], str, int | str | None]:
+    """How a request must end if nothing cancels it: tokens, finish_reason, stop_reason. No pages, no queue."""
+    tokens = list(seq.tokens[: seq.prompt_length])
+    while True:
+        token = answer_token(seq.seed, len(tokens))
+        if token == 0:
+            return tokens, "error", None
+        tokens.append(token)
+        if token in seq.end_ids and len(tokens) - seq.prompt_length > seq.params.min_new_tokens:
+            return tokens, "stop", token
+        if len(tokens) == seq.max_length:
+            return tokens, "length", None
+
+
+@dataclass
+class Model:
+    """Runs steps on a cache of plain integers and checks every one of them."""
+
+    scheduler: Scheduler
+    slots: list[dict[int, tuple[int, int, int]]] = field(default_factory=list)  # slot -> (sequence, position, token)
+    computed: dict[int, int] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+    forgotten: set[int] = field(default_factory=set)
+    peak: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.slots = [{} for _ in self.scheduler.pages.groups]
+        self.peak = [0 for _ in self.scheduler.pages.groups]
+
+    def run(self, step: Step, sequences: dict[int, Sequence]) -> dict[int, int | None]:
+        s = self.scheduler
+        assert 0 < step.num_tokens <= s.max_num_batched_tokens
+        assert len({c.sequence for c in step.chunks}) == len(step.chunks) <= len(s.running) <= s.max_num_seqs
+        for start in step.started:
+            seq = sequences[start.sequence]
+            assert start.sequence not in self.known
+            assert list(start.prompt_token_ids) == seq.tokens[: seq.prompt_length] and start.seed == seq.seed
+            self.known.add(start.sequence)
+        for gone in step.finished:
+            assert gone in self.known - self.forgotten and sequences[gone].finish_reason is not None
+            self.forgotten.add(gone)
+        tokens: dict[int, int | None] = {}
+        for chunk in step.chunks:
+            seq = sequences[chunk.sequence]
+            assert seq.id in self.known - self.forgotten
+            assert chunk.token_ids and chunk.start in (0, self.computed.get(seq.id, 0))
+            assert list(chunk.token_ids) == seq.tokens[chunk.start : chunk.end]
+            assert chunk.sample == (chunk.end == len(seq.tokens))
+            self.computed[seq.id] = chunk.end
+            self._write_and_read(chunk.sequence, chunk.start, chunk.end, seq.tokens, chunk.tables)
+            if chunk.sample:
+                tokens[seq.id] = answer_token(seq.seed, chunk.end) or None
+        return tokens
+
+    def _write_and_read(self, sequence: int, start: int, end: int, tokens: list[int], tables: tuple) -> None:
+        pages = self.scheduler.pages
+        size = pages.page_size
+        for i, (group, table, cache) in enumerate(zip(pages.groups, tables, self.slots, strict=True)):
+            first = group.first_visible(start)
+            live = range(first // size, (end - 1) // size + 1)
+            assert (table.first, len(table.pages)) == (live.start, len(live)), "exactly the live window"
+            assert len(table.pages) <= group.max_pages(end, self.scheduler.max_num_batched_tokens, size)
+            slot = {p: table.pages[p // size - table.first] * size + p % size for p in range(first, end)}
+            for p in range(start, end):
+                cache[slot[p]] = (sequence, p, tokens[p])
+            for p in range(first, end):
+                assert cache[slot[p]] == (sequence, p, tokens[p]), "another request wrote here"
+            self.peak[i] = max(self.peak[i], pages.pools[i].num_pages - pages.pools[i].num_free)
+
+
+def check_queues(s: Scheduler) -> None:
+    s.pages.check()
+    ids = [q.id for q in (*s.running, *s.waiting)]
+    assert ids == sorted(ids), "first come, first served: whoever runs came before whoever waits"
+    assert all(q.finish_reason is None for q in (*s.running, *s.waiting))
+    assert all(s.pages.held(q.id) == () for q in s.waiting), "who waits holds nothing"
+    assert set(s.pages._tables) <= {q.id for q in s.running}
+
+
+def trace(seed: int, *, longest: int = 40) -> Counter[str]:
+    rng = random.Random(seed)
+    windows = rng.choice([(None,), (None, 6), (3,), (None, 1, 9), (None, 17)])
+    size, budget, max_len = rng.choice([1, 2, 4, 7, 16]), rng.choice([1, 2, 3, 8, 64]), rng.randint(8, longest)
+    groups = groups_of(*windows)
+    least = [g.max_pages(max_len, budget, size) for g in groups]
+    pages = Pages(groups, [n + rng.choice([0, 1, n, 9 * n]) for n in least], size)
+    s = Scheduler(pages, max_num_seqs=rng.choice([1, 2, 5, 50]), max_num_batched_tokens=budget, max_model_len=max_len)
+    model = Model(s)
+    sequences: dict[int, Sequence] = {}
+    cancelled: set[int] = set()
+    arrivals = rng.randint(1, 10)
+
+    def cancel() -> None:
+        seq = rng.choice(list(sequences.values()))
+        if seq.finish_reason is None:
+            cancelled.add(seq.id)
+        s.finish(seq, "abort")
+
+    for _ in range(20_000):
+        if arrivals and (rng.random() < 0.4 or not s.busy):
+            arrivals -= 1
+            length = rng.randint(1, max_len - 1)
+            new = rng.choice([None, rng.randint(1, max_len - length)])
+            least_new = rng.randint(0, new or 3)
+            params = SamplingParams(
+                max_new_tokens=new, min_new_tokens=least_new, ignore_eos=rng.random() < 0.3, stop_token_ids=(2,)
+            )
+            prompt = tuple(rng.randint(2, 900) for _ in range(length))
+            seq = s.add(prompt, params, seed=rng.getrandbits(32), eos=(EOS,))
+            sequences[seq.id] = seq
+        if rng.random() < 0.02 and sequences:
+            cancel()
+            check_queues(s)
+        oldest = min((q.id for q in (*s.running, *s.waiting)), default=None)
+        step = s.next()
+        check_queues(s)
+        if step is None:
+            assert oldest is None, "something waits, yet nothing runs"
+            if not arrivals:
+                break
+            continue
+        assert oldest in {c.sequence for c in step.chunks}, "the oldest request must move on"
+        tokens = model.run(step, sequences)
+        if rng.random() < 0.02:
+            cancel()  # while the step runs
+        got = s.commit(step, tokens)
+        assert {q.id: t for q, t in got} == {i: t for i, t in tokens.items() if i not in cancelled}
+        check_queues(s)
+    else:
+        raise AssertionError("the trace does not end")
+    assert all(p.num_free == p.num_pages for p in pages.pools), "every page has come back"
+    ended: Counter[str] = Counter()
+    for seq in sequences.values():
+        assert seq.finish_reason is not None
+        ended[seq.finish_reason] += 1
+        want, reason, stop = alone(seq)
+        if seq.id in cancelled:
+            assert seq.finish_reason == "abort" and seq.tokens == want[: len(seq.tokens)]
+        else:
+            assert (seq.tokens, seq.finish_reason, seq.stop_reason) == (want, reason, stop)
+    assert s.counters.finished == ended
+    assert s.counters.new_tokens == sum(q.num_new for q in sequences.values())
+    assert model.known - model.forgotten == set(s._forget), "the runner hears of every end"
+    ended["preemptions"] = s.counters.preemptions
+    return ended
+
+
+def test_random_traces() -> None:
+    total: Counter[str] = Counter()
+    for seed in range(1500):
+        try:
+            total += trace(seed)
+        except AssertionError as e:
+            raise AssertionError(f"trace({seed}): {e}") from e
+    for what in ("stop", "length", "abort", "error", "preemptions"):
+        assert total[what] > 20, f"the traces hardly ever saw {what}: {total}"
+
+
+@pytest.mark.slow
+def test_many_random_traces() -> None:
+    for seed in range(10_000, 60_000):
+        try:
+            trace(seed, longest=40 if seed % 10 else 300)
+        except AssertionError as e:
+            raise AssertionError(f"trace({seed}): {e}") from e
+
+
+# A test that cannot fail is worth nothing: bugs are patched in, and the traces must notice.
+
+
+def traces_fail() -> None:
+    with pytest.raises(AssertionError):
+        for seed in range(200):
+            trace(seed)
+
+
+def test_a_leak_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    give = PagePool.give
+    monkeypatch.setattr(PagePool, "give", lambda self, pages: give(self, pages[1:]))
+    traces_fail()
+
+
+def test_a_double_free_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(self: Pages, sequence: int) -> None:
+        for pool, table in zip(self.pools, self._tables.get(sequence, ()), strict=False):
+            pool.give(table.pages)
+
+    monkeypatch.setattr(Pages, "free", free)
+    traces_fail()
+
+
+def test_a_page_given_away_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = CacheGroup.first_visible
+    monkeypatch.setattr(
+        Pages, "_drop",
+        lambda self, group, pool, table, start, drop=Pages._drop: drop(self, Early(group), pool, table, start),
+    )  # fmt: skip
+
+    class Early:
+        def __init__(self, group: CacheGroup) -> None:
+            self.group = group
+
+        def first_visible(self, position: int) -> int:
+            return seen(self.group, position) + (self.group.window is not None)
+
+    traces_fail()
+
+
+def test_a_lost_token_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    preempt = Scheduler._preempt
+
+    def lose(self: Scheduler, seq: Sequence) -> None:
+        preempt(self, seq)
+        if seq.num_new:
+            seq.tokens.pop()
+
+    monkeypatch.setattr(Scheduler, "_preempt", lose)
+    traces_fail()
+
+
+def test_a_younger_request_going_first_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def back(self: Scheduler, seq: Sequence) -> None:
+        self.pages.free(seq.id)
+        seq.computed = 0
+        self.waiting.append(seq)
+
+    monkeypatch.setattr(Scheduler, "_preempt", back)
+    traces_fail()
+
+
+# Single rules.
+
+
+def scheduler(*windows: int | None, num_pages: int = 64, size: int = 4, **limits: int) -> Scheduler:
+    groups = groups_of(*(windows or (None,)))
+    kept = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 64} | limits
+    return Scheduler(Pages(groups, [num_pages] * len(groups), size), **kept)
+
+
+def add(s: Scheduler, length: int, **params: object) -> Sequence:
+    return s.add(tuple(range(2, 2 + length)), SamplingParams(**{"max_new_tokens": None, **params}), seed=0, eos=(EOS,))
+
+
+def tick(s: Scheduler, token: int = 9) -> Step | None:
+    step = s.next()
+    if step is not None:
+        s.commit(step, {c.sequence: token for c in step.chunks if c.sample})
+    return step
+
+
+def lengths(step: Step | None) -> list[tuple[int, int, int]]:
+    return [] if step is None else [(c.sequence, c.start, len(c.token_ids)) for c in step.chunks]
+
+
+def test_an_idle_scheduler_has_no_step() -> None:
+    s = scheduler()
+    assert s.next() is None and not s.busy and s.counters.steps == 0
+
+
+def test_decoding_goes_first_and_prompts_share_what_is_left() -> None:
+    s = scheduler()
+    add(s, 3, max_new_tokens=9)
+    assert lengths(tick(s)) == [(1, 0, 3)]
+    add(s, 20, max_new_tokens=9)
+    add(s, 5, max_new_tokens=9)
+    assert lengths(tick(s)) == [(1, 3, 1), (2, 0, 15)]
+    assert lengths(tick(s)) == [(1, 4, 1), (2, 15, 5), (3, 0, 5)]
+    assert lengths(tick(s)) == [(1, 5, 1), (2, 20, 1), (3, 5, 1)]
+
+
+def test_only_the_last_piece_of_a_prompt_gets_a_token() -> None:
+    s = scheduler(max_num_batched_tokens=4)
+    seq = add(s, 10, max_new_tokens=1)
+    samples = []
+    while (step := tick(s)) is not None:
+        samples.append(step.chunks[0].sample)
+    assert samples == [False, False, True] and seq.finish_reason == "length" and seq.num_new == 1
+
+
+def test_preempted_last_come_and_answered_all_the_same() -> None:
+    """Four pages of four tokens; two requests of eight tokens that will be twelve long."""
+    s = scheduler(num_pages=4, max_model_len=16)
+    first, second = add(s, 7, max_new_tokens=5), add(s, 7, max_new_tokens=5)
+    assert lengths(tick(s)) == [(1, 0, 7), (2, 0, 7)]
+    assert lengths(tick(s)) == [(1, 7, 1), (2, 7, 1)]
+    assert lengths(tick(s)) == [(1, 8, 1)], "a fifth page is not there, so the second waits"
+    assert s.pages.held(second.id) == () and second.num_new == 2 and s.counters.preemptions == 1
+    assert lengths(tick(s)) == [(1, 9, 1)], "and is not let in again before all of its tokens have room"
+    assert lengths(tick(s)) == [(1, 10, 1)]
+    assert first.finish_reason == "length"
+    assert lengths(tick(s)) == [(2, 0, 9)], "prompt and answer so far, computed anew"
+    while tick(s):
+        pass
+    assert second.finish_reason == "length" and second.num_new == 5
+
+
+def test_a_long_prompt_is_not_let_in_piece_by_piece_where_it_has_no_room() -> None:
+    """Else it would take the budget, be thrown out at the last piece, and begin again, while the first runs."""
+    s = scheduler(num_pages=10, max_num_batched_tokens=8, max_model_len=40)
+    add(s, 8, max_new_tokens=20)
+    tick(s)
+    late = add(s, 36, max_new_tokens=2)
+    for _ in range(19):
+        tick(s)
+    assert s.counters.preemptions == 0 and s.counters.prompt_tokens == 8 and late.computed == 0
+    while tick(s):
+        pass
+    assert late.finish_reason == "length" and s.counters.prompt_tokens == 8 + 36
+
+
+def test_the_oldest_never_throws_itself_out() -> None:
+    s = scheduler(num_pages=4, max_model_len=16)
+    sequences = [add(s, 5, max_new_tokens=11) for _ in range(6)]
+    steps = 0
+    while tick(s):
+        steps += 1
+        assert s.running[:1] in ([], [next((q for q in sequences if q.finish_reason is None), None)])
+    assert all(q.finish_reason == "length" and q.num_new == 11 for q in sequences)
+    assert steps <= 6 * 11
+
+
+def test_min_new_tokens_and_ignore_eos() -> None:
+    s = scheduler()
+    plain = add(s, 2, max_new_tokens=9)
+    later = add(s, 2, max_new_tokens=9, min_new_tokens=3)
+    never = add(s, 2, max_new_tokens=9, ignore_eos=True)
+    own = add(s, 2, max_new_tokens=9, ignore_eos=True, stop_token_ids=(EOS,))
+    while tick(s, EOS):
+        pass
+    assert (plain.finish_reason, plain.stop_reason, plain.num_new) == ("stop", EOS, 1)
+    assert (later.finish_reason, later.num_new) == ("stop", 4)
+    assert (never.finish_reason, never.num_new) == ("length", 9)
+    assert (own.finish_reason, own.num_new) == ("stop", 1)
+
+
+def test_an_end_token_as_the_last_one_allowed_is_a_stop() -> None:
+    s = scheduler()
+    seq = add(s, 2, max_new_tokens=1)
+    tick(s, EOS)
+    assert seq.finish_reason == "stop"
+
+
+def test_a_stop_string_wins_and_is_counted_once() -> None:
+    s = scheduler()
+    seq = add(s, 2, max_new_tokens=1)
+    tick(s)
+    assert s.counters.finished == {"length": 1}
+    s.stop(seq, "END")
+    assert (seq.finish_reason, seq.stop_reason) == ("stop", "END")
+    assert sum(s.counters.finished.values()) == s.counters.finished["stop"] == 1
+
+
+def test_the_first_reason_stays() -> None:
+    s = scheduler()
+    seq = add(s, 2)
+    s.finish(seq, "abort")
+    s.finish(seq, "error")
+    assert seq.finish_reason == "abort" and s.counters.finished == {"abort": 1} and not s.busy
+
+
+def test_one_bad_row_ends_alone() -> None:
+    s = scheduler()
+    good, bad = add(s, 2, max_new_tokens=3), add(s, 2, max_new_tokens=3)
+    step = s.next()
+    assert step is not None
+    assert s.commit(step, {good.id: 9, bad.id: None}) == [(good, 9), (bad, None)]
+    assert bad.finish_reason == "error" and good.finish_reason is None and s.pages.held(bad.id) == ()
+    step = s.next()
+    assert step is not None and step.finished == (bad.id,)
+
+
+def test_who_never_ran_need_not_be_forgotten() -> None:
+    s = scheduler(max_num_seqs=1)
+    first, waits = add(s, 2), add(s, 2)
+    tick(s)
+    s.finish(waits, "abort")
+    s.finish(first, "abort")
+    add(s, 2)
+    step = s.next()
+    assert step is not None and step.finished == (first.id,)
+
+
+def test_reset_gives_everything_back() -> None:
+    s = scheduler()
+    add(s, 9)
+    add(s, 40)
+    s.next()
+    s.reset()
+    assert not s.busy and s.next() is None
+    assert all(p.num_free == p.num_pages == 64 for p in s.pages.pools)
+
+
+@pytest.mark.parametrize(
+    ("length", "new", "error", "numbers"),
+    [
+        (64, 1, RequestError, ("64 tokens", "max_model_len is 64")),
+        (200, None, RequestError, ("200 tokens", "64")),
+        (60, 5, RequestError, ("60 prompt tokens", "5 new", "max_model_len=64", "at most 4")),
+        (40, 10, CapacityError, ("50 tokens", "13 pages of 4", "full_attention", "10 in all")),
+    ],
+)
+def test_what_can_never_fit_is_refused_with_the_numbers(
+    length: int, new: int | None, error: type[Exception], numbers: tuple[str, ...]
+) -> None:
+    s = scheduler(num_pages=10)
+    with pytest.raises(error) as caught:
+        add(s, length, max_new_tokens=new)
+    assert all(n in str(caught.value) for n in numbers), caught.value
+    assert not s.busy and s._ids == 0
+    add(s, 30, max_new_tokens=10)
+
+
+def test_the_longest_that_fits_is_taken() -> None:
+    s = scheduler()
+    assert add(s, 63, max_new_tokens=None).max_length == 64
+    assert add(s, 60, max_new_tokens=4).max_length == 64
+    while tick(s):
+        pass
+    assert s.counters.finished == {"length": 2}
+
+
+def test_a_sliding_cache_serves_what_a_full_one_of_its_size_refuses() -> None:
+    sliding, full = (scheduler(w, num_pages=4, max_num_batched_tokens=4) for w in (5, None))
+    with pytest.raises(CapacityError):
+        add(full, 10, max_new_tokens=30)
+    seq = add(sliding, 10, max_new_tokens=30)
+    while tick(sliding):
+        pass
+    assert seq.finish_reason == "length" and seq.num_new == 30 and sliding.counters.preemptions == 0
+
+
+GPT_OSS = {
+    "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+    "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 128, 2048])
+def test_4096_tokens_of_gpt_oss_use_at_most_55_percent(chunk: int) -> None:
+    """12 of 24 layers see 128 tokens. Peak bytes of pages that are held, against a cache of 24 full layers."""
+    page_size, length, prompt = 16, 4096, 37
+    groups = group_layers(ModelConfig.from_hf(GPT_OSS))
+    assert [(g.window, len(g.layers)) for g in groups] == [(None, 12), (128, 12)]
+    pages = Pages(groups, [g.max_pages(length, chunk, page_size) for g in groups], page_size)
+    s = Scheduler(pages, max_num_seqs=4, max_num_batched_tokens=chunk, max_model_len=length)
+    seq = s.add(tuple(range(2, 2 + prompt)), SamplingParams(max_new_tokens=length - prompt), seed=0, eos=())
+    page_bytes = [g.bytes_per_token(2) * page_size for g in groups]
+    peak, peak_sliding = 0, 0
+    while (step := s.next()) is not None:
+        held = pages.held(seq.id)
+        peak = max(peak, sum(n * b for n, b in zip(held, page_bytes, strict=True)))
+        peak_sliding = max(peak_sliding, held[1])
+        s.commit(step, {c.sequence: 5 for c in step.chunks if c.sample})
+    assert seq.finish_reason == "length" and len(seq.tokens) == length
+    full = 24 * 2 * 8 * 64 * 2 * length
+    assert peak <= 0.55 * full, peak / full
+    # The window's pages: 128 tokens decoded one by one touch at most ceil(127 / 16) + 1 pages.
+    assert peak_sliding == groups[1].max_pages(length, 1, page_size) == 9
+    assert peak == (length // page_size * page_bytes[0]) + 9 * page_bytes[1]
+
+
+def test_a_long_prompt_holds_one_chunk_beside_the_window() -> None:
+    groups = group_layers(ModelConfig.from_hf(GPT_OSS))
+    bound = groups[1].max_pages(131072, 2048, 16)
+    assert bound == -(-(127 + 2048 - 1) // 16) + 1 == 137
+    pages = Pages(groups, [131072 // 16, bound], 16)
+    s = Scheduler(pages, max_num_seqs=1, max_num_batched_tokens=2048, max_model_len=131072)
+    seq = s.add((3,) * 20_000, SamplingParams(max_new_tokens=2), seed=0, eos=())
+    peak = 0
+    while (step := s.next()) is not None:
+        peak = max(peak, pages.held(seq.id)[1])
+        s.commit(step, {c.sequence: 5 for c in step.chunks if c.sample})
+    assert 128 < peak <= bound
