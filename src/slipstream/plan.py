@@ -9,13 +9,13 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from slipstream.cache.spec import CacheGroup, group_layers
-from slipstream.checkpoint.load import Load, dry_run
+from slipstream.cache.spec import CacheGroup
+from slipstream.checkpoint.load import Load, dry_run, refuse
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import CapacityError, ConfigError, KernelError
@@ -120,15 +120,17 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     """
     config = model_config or ModelConfig.from_hf(checkpoint.config)
     home = architecture(config.model_type)
+    rename = getattr(home, "rename", str)
+    refuse(checkpoint, config.quantization, config.num_layers, rename)
     why: dict[str, str] = {}
     hardware = _hardware(asked, why)
     dtype = _dtype(asked, config, checkpoint, hardware, why)
     choices, ops_table = _choose(asked, config, hardware, dtype)
     model = home.build(ops_table, config)
-    loads = _loads(asked, checkpoint, config, model, home.WEIGHTS, ops_table, why)
+    loads = _loads(asked, checkpoint, config, model, home.WEIGHTS, rename, ops_table, why)
     choices += _linear_choices(asked, loads, hardware, dtype)
 
-    groups = group_layers(config)
+    groups = home.cache_spec(config)
     weights = sum(held_bytes(item, dtype) for item in loads)
     batched = asked.max_num_batched_tokens
     workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
@@ -255,8 +257,8 @@ def _linear(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format:
     return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
 
 
-def _loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, model: Transformer, weights: Any, ops_table: Ops,
-           why: dict[str, str]) -> tuple[Load, ...]:  # fmt: skip
+def _loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, model: Transformer, weights: Any, rename: Any,
+           ops_table: Ops, why: dict[str, str]) -> tuple[Load, ...]:  # fmt: skip
     refused: dict[str, str] = {}
 
     def keep(format: str, shape: tuple[int, ...], embedding: bool) -> bool:
@@ -277,21 +279,22 @@ def _loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, mod
 
     loads = dry_run(
         model, weights, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,
-        tied=config.tie_word_embeddings, keep=keep,
+        tied=config.tie_word_embeddings, keep=keep, rename=rename,
     )  # fmt: skip
     embedding = next(item for item in loads if item.to == "embed.weight")
     loads = tuple(_tie(item, embedding) for item in loads)
     for item in loads:
         if item.widened:
             name = dtype_name(ops_table.dtype)
-            reason = refused.get(item.arrived, "parts of one matrix arrive in different formats")
+            experts = "experts are multiplied as floats"
+            reason = experts if len(item.shape) == 3 else refused.get(item.arrived, "parts of one matrix arrive in different formats")
             why.setdefault(f"{item.arrived} widened to {name}", reason)
     return loads
 
 
 def _tie(item: Load, embedding: Load) -> Load:
     """A shared head is held as the embedding is."""
-    return Load(item.to, item.sources, item.rule, item.shape, embedding.format, True) if item.shared else item
+    return replace(item, format=embedding.format) if item.shared else item
 
 
 def _linear_choices(asked: EngineConfig, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype) -> list[Choice]:

@@ -21,8 +21,10 @@ from slipstream.ops.linear import Weight as Matrix
 
 Keep = Callable[[str, tuple[int, ...], bool], bool]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
+Rename = Callable[[str], str | None]
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|^rope_freqs\.weight$")
 
 
@@ -31,7 +33,7 @@ class Load:
     """One parameter of the model: where it comes from and in which format it will be held.
 
     `format` is "dense" or a block format; `arrived` is the format in the checkpoint. `shared` marks a head whose
-    weight is the embedding's.
+    weight is the embedding's; `twin` is a head that lies in the file all the same, and must be equal.
     """
 
     to: str
@@ -40,6 +42,7 @@ class Load:
     shape: tuple[int, ...]
     format: str
     shared: bool = False
+    twin: TensorInfo | None = None
 
     @property
     def arrived(self) -> str:
@@ -51,48 +54,80 @@ class Load:
         return self.format == "dense" and any(s.is_blocks for s in self.sources)
 
 
+def refuse(checkpoint: Checkpoint, method: str | None, num_layers: int, rename: Rename = str) -> None:
+    """Turn away, before a model is built, what no rule can match.
+
+    Args:
+        method: the quant_method that config.json names.
+        rename: as for `dry_run`.
+
+    Raises:
+        CheckpointError: the weights are quantized in a way that cannot be run, or are of another number of layers.
+    """
+    mxfp4 = any(t.dtype == "MXFP4" or n.endswith(("_proj_blocks", "_proj_scales")) for n, t in checkpoint.tensors.items())
+    if mxfp4 or method == "mxfp4":
+        raise CheckpointError(
+            f"{checkpoint.path}: the experts are quantized to MXFP4, which is not supported yet, and widening them would take "
+            "four times the memory; take a bfloat16 form of this model"
+        )
+    if method is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights are quantized by {method!r}, which is not supported; take the model in bfloat16 "
+            "or a GGUF of it"
+        )
+    found = max((int(m[1]) + 1 for n in checkpoint.tensors if (m := _LAYER.search(rename(n) or ""))), default=0)
+    if found != num_layers:
+        raise CheckpointError(f"{checkpoint.path}: config.json says {num_layers} layers, but the tensors are of {found}")
+
+
 def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint, *, num_layers: int, num_experts: int,
-            tied: bool, keep: Keep) -> tuple[Load, ...]:  # fmt: skip
+            tied: bool, keep: Keep, rename: Rename = str) -> tuple[Load, ...]:  # fmt: skip
     """Match rules, parameters and headers.
 
     Args:
         model: on the meta device.
         tied: the head is the embedding.
         keep: whether blocks of a format can stay blocks in a matrix of this shape (and whether it is an embedding).
+        rename: the name that the rules know a tensor by; None leaves it out.
 
     Raises:
         CheckpointError: names are missing or left over, or shapes or dtypes do not fit.
     """
     parameters = {name: p for name, p in model.named_parameters()}
-    loads: list[Load] = []
-    missing: list[str] = []
+    tensors = {name: t for n, t in checkpoint.tensors.items() if (name := rename(n)) is not None}
+    loads: dict[str, Load] = {}
+    missing: dict[str, list[str]] = {}
     for rule in weights:
+        if sum(map(len, missing.values())) > 10_000:
+            break  # a config of another model altogether
         for layer in range(num_layers) if "{layer}" in rule.to else (None,):
-            to, names = rule.expand(layer, num_experts)
-            if to not in parameters:
+            to = rule.to.replace("{layer}", str(layer))
+            if to not in parameters or to in loads:
                 continue
             shared = tied and to == "head.weight"
-            names = ("model.embed_tokens.weight",) if shared else names
-            absent = [n for n in names if n not in checkpoint.tensors]
+            names = ("model.embed_tokens.weight",) if shared else rule.names(layer, num_experts)
+            absent = [n for n in names if n not in tensors]
             if absent:
-                missing += absent
+                missing.setdefault(to, absent)  # another spelling may follow
                 continue
-            sources = tuple(checkpoint.tensors[n] for n in names)
             owner = model.get_submodule(to.rpartition(".")[0])
-            loads.append(_check(to, sources, rule, parameters[to], owner, shared, keep))
-    used = {s.name for load in loads for s in load.sources} | ({"lm_head.weight"} if tied else set())
-    surplus = [n for n in checkpoint.tensors if n not in used and not _UNUSED.search(n)]
-    unwritten = sorted(parameters.keys() - {load.to for load in loads})
-    if missing or surplus or unwritten:
+            sources = tuple(tensors[n] for n in names)
+            twin = tensors.get("lm_head.weight") if shared else None
+            loads[to] = _check(to, sources, rule, parameters[to], owner, shared, keep, twin)
+    used = {s.name for load in loads.values() for s in (*load.sources, load.twin) if s}
+    surplus = [n for n, t in tensors.items() if t.name not in used and not _UNUSED.search(n)]
+    absent = [n for to, names in missing.items() if to not in loads for n in names]
+    unwritten = sorted(parameters.keys() - loads.keys() - missing.keys())
+    if absent or surplus or unwritten:
         raise CheckpointError(
             f"{checkpoint.path}: the tensors are not those of a {checkpoint.config.get('model_type')} model: "
-            f"missing {_some(missing)}; left over {_some(surplus)}; not written {_some(unwritten)}"
+            f"missing {_some(absent)}; left over {_some(surplus)}; not written {_some(unwritten)}"
         )
-    return tuple(loads)
+    return tuple(loads.values())
 
 
 def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Tensor, owner: nn.Module, shared: bool,
-           keep: Keep) -> Load:  # fmt: skip
+           keep: Keep, twin: TensorInfo | None) -> Load:  # fmt: skip
     for s in sources:
         if not s.is_blocks and s.dtype not in _FLOATS:
             raise CheckpointError(f"{s.file}: {s.name} is {s.dtype}, where a {to} must be one of {', '.join(_FLOATS)}")
@@ -109,7 +144,7 @@ def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Te
     kinds = {s.dtype for s in sources}
     whole = len(kinds) == 1 and sources[0].is_blocks and rule.transform is rows and hasattr(owner, "accept")
     stays = whole and keep(sources[0].dtype, shape, to == "embed.weight")
-    return Load(to, sources, rule, shape, sources[0].dtype if stays else "dense", shared)
+    return Load(to, sources, rule, shape, sources[0].dtype if stays else "dense", shared, twin)
 
 
 def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device: torch.device,
@@ -126,6 +161,11 @@ def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device
         owner = model.get_submodule(path)
         if item.shared:
             data = model.get_submodule("embed").weight
+            if item.twin is not None and not torch.equal(data, _dense(checkpoint, item.twin, data.dtype).to(device)):
+                raise CheckpointError(
+                    f"{checkpoint.path}: config.json ties the head to the embedding, but {item.twin.name} differs from "
+                    f"{item.sources[0].name}; set tie_word_embeddings to false if the head is meant"
+                )
         elif item.format == "dense":
             parameter: Tensor = getattr(owner, leaf)
             data = item.rule.transform([_dense(checkpoint, s, parameter.dtype) for s in item.sources])

@@ -33,6 +33,20 @@ def stack_gate_up(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.cat((gate, up), 0) for gate, up in zip(parts[::2], parts[1::2], strict=True)])
 
 
+def transpose_experts(parts: Sequence[Tensor]) -> Tensor:
+    """(experts, in, out) -> (experts, out, in)."""
+    return parts[0].transpose(1, 2)
+
+
+def part_gate_up(parts: Sequence[Tensor]) -> Tensor:
+    """(experts, in, 2 * intermediate) or a bias (experts, 2 * intermediate), where gate and up alternate along the last
+    dim -> (experts, 2 * intermediate, in) or (experts, 2 * intermediate), gate first (gpt-oss)."""
+    import torch
+
+    both = torch.cat((parts[0][..., ::2], parts[0][..., 1::2]), -1)
+    return both.transpose(1, 2) if both.dim() == 3 else both
+
+
 def plus_one(parts: Sequence[Tensor]) -> Tensor:
     """weight -> 1 + weight in float32, for norms that are stored so (Gemma)."""
     return parts[0].float() + 1
@@ -40,7 +54,7 @@ def plus_one(parts: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One parameter and where it comes from.
+    """One parameter and where it comes from. Two rules for one parameter are two ways in which files spell it.
 
     Attributes:
         to: the parameter, with {layer} where it stands in a layer.
@@ -54,13 +68,12 @@ class Weight:
     shard: str | None = None
     transform: Transform = rows
 
-    def expand(self, layer: int | None, num_experts: int) -> tuple[str, tuple[str, ...]]:
-        """Parameter and sources with numbers filled in."""
-        names: list[str] = []
-        experts = range(num_experts) if any("{expert}" in s for s in self.sources) else range(1)
-        for e in experts:
-            names += [s.replace("{layer}", str(layer)).replace("{expert}", str(e)) for s in self.sources]
-        return self.to.replace("{layer}", str(layer)), tuple(names)
+    def names(self, layer: int | None, num_experts: int) -> tuple[str, ...]:
+        """The sources with numbers filled in, expert by expert."""
+        names = [s.replace("{layer}", str(layer)) for s in self.sources]
+        if not any("{expert}" in n for n in names):
+            return tuple(names)
+        return tuple(n.replace("{expert}", str(e)) for e in range(num_experts) for n in names)
 
     def shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         """What the transform makes of sources of these shapes, without any memory.

@@ -1,4 +1,7 @@
-"""The architectures. One short file each (or a family): `build(ops, config)` and the table `WEIGHTS`."""
+"""The architectures. One short file each (or a family): `build(ops, config)`, the table `WEIGHTS` and `cache_spec(config)`.
+
+A file may also have `rename(name)`, for checkpoints that hold more than the language model.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,17 @@ from slipstream.errors import CheckpointError
 
 # model_type in config.json -> module here
 ARCHITECTURES = {
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "gpt_oss": "gpt_oss",
     "llama": "llama",
     "mistral": "llama",
+    "mixtral": "mixtral",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
     "qwen2": "llama",
     "qwen3": "llama",
+    "qwen3_moe": "qwen3_moe",
     "smollm3": "llama",
 }
 

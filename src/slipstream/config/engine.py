@@ -1,0 +1,77 @@
+"""What the user asks of the engine, checked value by value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from slipstream.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the user asked of the engine. None is "decide it in the plan, and say why".
+
+    Attributes:
+        device: cpu, cuda, cuda:N, mps.
+        dtype: auto, float32, bfloat16 or float16: of activations, and of weights that are not quantized.
+        quantization: auto keeps weights as the checkpoint has them where an op can run them; none widens to dtype.
+        max_model_len: longest prompt + answer, tokens.
+        max_num_seqs: requests that run together.
+        max_num_batched_tokens: tokens computed in one step.
+        kv_cache_memory_bytes: bytes for keys and values; None plans them from what is free.
+        gpu_memory_utilization: the part of the device's memory that the plan may use (weights, KV, workspace).
+        page_size: tokens in one page of the KV cache.
+        attn_implementation, linear_implementation: force one of the implementations that `explain` lists.
+        num_threads: CPU threads; None leaves torch's own choice.
+        seed: from which requests without a seed of their own draw theirs.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    page_size: int = 16
+    attn_implementation: str | None = None
+    linear_implementation: str | None = None
+    num_threads: int | None = None
+    seed: int | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> EngineConfig:
+        names = {f.name for f in dataclasses.fields(cls)}
+        for name in kwargs.keys() - names:
+            near = {"block_size": "page_size", "torch_dtype": "dtype"}.get(name) or next(
+                iter(difflib.get_close_matches(name, names, 1)), None
+            )
+            hint = f"; did you mean {near}?" if near else f"; known are {', '.join(sorted(names))}"
+            raise ConfigError(f"{name}: unknown engine option{hint}")
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._one_of("quantization", ("auto", "none"))
+        if not isinstance(self.device, str) or self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+            raise ConfigError(f"device: must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
+        for name, low in (
+            ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("page_size", 1), ("max_model_len", 1),
+            ("kv_cache_memory_bytes", 1), ("num_threads", 1), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name not in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1 or math.isnan(share):
+            raise ConfigError(f"gpu_memory_utilization: must be above 0 and at most 1, got {share!r}")
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ConfigError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
