@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,10 @@ from slipstream.errors import CheckpointError
 MAX_JSON = 16 << 20  # a shard names some thousand tensors at about 150 bytes each, so real headers stay near 1 MB
 MAX_DEPTH = 32
 MAX_TENSORS = 200_000
+# Colons bound how many keys a parser makes, and all marks (commas, colons, brackets) how many values. A matrix has 4
+# colons and 13 marks in a header; a tensor has 1 and 2 in an index.
+MAX_COLONS_HEADER, MAX_MARKS_HEADER = 4 * MAX_TENSORS + 100_000, 13 * MAX_TENSORS
+MAX_COLONS, MAX_MARKS = MAX_TENSORS + 50_000, 2 * MAX_TENSORS + 100_000
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
@@ -35,16 +40,25 @@ def member(folder: Path, name: str) -> Path:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold one object."""
+    """A JSON file that must hold one object of at most MAX_DEPTH levels."""
     size = path.stat().st_size
     if size > MAX_JSON:
         raise CheckpointError(f"{path}: has {size:,} bytes, more than the {MAX_JSON:,} that a real one could need")
     with path.open("rb") as f:
-        return parse_object(f.read(MAX_JSON + 1), path)
+        value = parse_object(f.read(MAX_JSON + 1), path)
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, (dict, list))]
+        if not level:
+            return value
+    raise CheckpointError(f"{path}: nests deeper than {MAX_DEPTH} levels")
 
 
-def parse_object(raw: bytes, path: Path) -> dict[str, Any]:
-    """Strict JSON: one object, no key twice, no NaN or Infinity, no deep nesting, no flood of objects."""
+def parse_object(raw: bytes, path: Path, max_colons: int = MAX_COLONS, max_marks: int = MAX_MARKS) -> dict[str, Any]:
+    """Strict JSON: one object, no key twice, no NaN or Infinity, no flood of values."""
+    colons = raw.count(b":")
+    if colons > max_colons or colons + sum(map(raw.count, (b",", b"[", b"{"))) > max_marks:
+        raise CheckpointError(f"{path}: holds far more values than the JSON of a real model could need")
     objects = 0
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -62,15 +76,15 @@ def parse_object(raw: bytes, path: Path) -> dict[str, Any]:
     def constant(name: str) -> None:
         raise CheckpointError(f"{path}: holds {name}, which is not valid JSON")
 
+    collecting = gc.isenabled()
+    gc.disable()  # a million new values hold no garbage, yet looking for some takes half of the time
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: is not valid JSON ({e}); the file is damaged, so fetch it again") from e
+    finally:
+        if collecting:
+            gc.enable()
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, but holds a {type(value).__name__}")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v) if isinstance(x, (dict, list))]
-        if not level:
-            return value
-    raise CheckpointError(f"{path}: nests deeper than {MAX_DEPTH} levels")
+    return value

@@ -22,12 +22,13 @@ from slipstream.errors import CheckpointError
 # A vocabulary of 262,144 tokens with as many merges, scores and types takes about 12 MB; 64 MB leaves room for
 # vocabularies five times that.
 MAX_HEADER = 64 << 20
-MAX_ITEMS = 4_000_000  # in all arrays together
+MAX_ITEMS = 3_000_000  # in all arrays together
 MAX_KEYS = 10_000
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {k: Struct("<" + c) for k, c in zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIifBQqd", strict=True)}
-_U32, _U64 = _SCALARS[4], _SCALARS[10]
+_LENGTH = _SCALARS[10]
+_ENTRIES = {dims: Struct(f"<{dims}QIQ") for dims in range(1, 5)}  # sizes, type and offset of a tensor
 _DENSE = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
 # number in the file: name, values in a block, bytes of a block
 _TYPES = {k: (name, 1, DENSE[name][0]) for k, name in _DENSE.items()}
@@ -67,7 +68,7 @@ class Metadata(Mapping[str, Any]):
             one = _SCALARS[span.kind]
             found = Struct(f"<{span.count}{one.format[1]}").unpack_from(self._header, span.start)
             return [v != 0 for v in found] if span.kind == _BOOL else list(found)
-        data, pos, length, strings = self._header, span.start, _U64.unpack_from, []
+        data, pos, length, strings = self._header, span.start, _LENGTH.unpack_from, []
         try:
             for _ in range(span.count):
                 start = pos + 8
@@ -146,7 +147,7 @@ class _Reader:
         return span
 
     def skip_strings(self, count: int) -> None:
-        length, data, pos, last = _U64.unpack_from, self.data, self.pos, len(self.data) - 8
+        length, data, pos, last = _LENGTH.unpack_from, self.data, self.pos, len(self.data) - 8
         for _ in range(count):
             if pos > last:
                 break
@@ -205,7 +206,7 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
 
 def _tensors(reader: _Reader, count: int, alignment: Any, size: int) -> dict[str, TensorInfo]:
     if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise reader.fault(f"general.alignment is {alignment!r}, not a power of two")
+        raise reader.fault(f"general.alignment is {str(alignment)[:80]!r}, not a power of two")
     found = []
     for _ in range(count):
         name = reader.string()
@@ -213,8 +214,9 @@ def _tensors(reader: _Reader, count: int, alignment: Any, size: int) -> dict[str
         dims = reader.u32()
         if not 1 <= dims <= 4:
             raise reader.fault(f"{name} has {dims} dimensions, not 1 to 4")
-        shape = tuple(reader.u64() for _ in range(dims))[::-1]
-        kind, offset = reader.u32(), reader.u64()
+        entry = _ENTRIES[dims]
+        *sizes, kind, offset = entry.unpack_from(reader.data, reader.take(entry.size))
+        shape = tuple(sizes[::-1])
         if kind not in _TYPES:
             raise CheckpointError(f"{reader.path}: {name} has the type {kind}; known are {', '.join(_names())}")
         dtype, block, nbytes = _TYPES[kind]

@@ -211,7 +211,9 @@ def _special_tokens(gguf: GGUF, vocab_size: int) -> dict[str, Any]:
     def token(name: str) -> int | None:
         value = gguf.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
-            raise CheckpointError(f"{gguf.path}: tokenizer.ggml.{name}_token_id is {value!r}, not below {vocab_size}")
+            raise CheckpointError(
+                f"{gguf.path}: tokenizer.ggml.{name}_token_id is {str(value)[:80]!r}, not a token below {vocab_size}"
+            )
         return value
 
     ends = list(dict.fromkeys(t for t in map(token, ("eos", "eot", "eom")) if t is not None))

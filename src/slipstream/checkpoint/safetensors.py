@@ -11,7 +11,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from slipstream.checkpoint.files import MAX_JSON, MAX_TENSORS, member, parse_object, read_object
+from slipstream.checkpoint.files import (
+    MAX_COLONS_HEADER,
+    MAX_JSON,
+    MAX_MARKS_HEADER,
+    MAX_TENSORS,
+    member,
+    parse_object,
+    read_object,
+)
 from slipstream.checkpoint.tensors import DENSE, TensorInfo, check_name
 from slipstream.errors import CheckpointError
 
@@ -77,9 +85,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raw = f.read(length)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: is not a safetensors file: no header stands at its start")
-    header = parse_object(raw, path)
+    header = parse_object(raw, path, MAX_COLONS_HEADER, MAX_MARKS_HEADER)
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{path}: has {len(header):,} tensors, more than {MAX_TENSORS:,}")
@@ -103,7 +111,8 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
         raise CheckpointError(f"{path}: {name!r} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DENSE:
-        raise CheckpointError(f"{path}: {name!r} has dtype {str(dtype)[:50]!r}; known are {', '.join(DENSE)}")
+        found = repr(dtype[:50]) if isinstance(dtype, str) else "that is no string"
+        raise CheckpointError(f"{path}: {name!r} has a dtype {found}; known are {', '.join(DENSE)}")
     if not _naturals(shape) or len(shape) > 8:
         raise CheckpointError(f"{path}: {name!r} has no valid shape")
     if not _naturals(offsets) or len(offsets) != 2:
@@ -112,6 +121,14 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"{path}: {name!r} of shape {shape} in {dtype} needs {nbytes:,} bytes, not {offsets}")
     return TensorInfo(name, dtype, tuple(shape), nbytes, path, data + offsets[0])
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string, and not with half a surrogate pair in it."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _naturals(value: Any) -> bool:
