@@ -151,11 +151,10 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json; only `tokenizers` files are read, save the tokenizer in that format"
             )
         raw = _read(file)
-        spec = _parse(file, raw)
         backend = guard(f"{file} is not a valid tokenizer", lambda: tokenizers.Tokenizer.from_str(raw))
         backend.no_truncation()  # a limit left in the file would silently cut prompts
         backend.no_padding()
-        byte_level, strip_space = _decoder_kind(file, spec.get("decoder"))
+        byte_level, strip_space = _decoder_kind(file, json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
 
         config = _read_json(folder / "tokenizer_config.json")
         special = {**_special_names(_read_json(folder / "special_tokens_map.json")), **_special_names(config)}
@@ -170,6 +169,16 @@ class Tokenizer:
             chat_templates=_folder_templates(folder, config),
             edges=edges,
         )
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `from_folder` and transformers read them."""
+        self._backend.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        if self._edges is not None:
+            config |= {"add_bos_token": bool(self._edges[0]), "add_eos_token": bool(self._edges[1])}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
