@@ -463,3 +463,18 @@ def test_texts_that_are_none(tokenizer: Tokenizer) -> None:
 def test_torch_is_not_imported() -> None:
     code = "import slipstream.tokenizer, slipstream.chat, slipstream.harmony, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_saved_tokenizer_reads_back_the_same_and_opens_in_transformers(smollm2: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from slipstream.checkpoint.open import open_checkpoint
+
+    ours = Tokenizer.from_gguf(open_checkpoint(smollm2).metadata)
+    ours.save(tmp_path)
+    back, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "The year 2026: naïve café, 日本語, and\tx = 12 * 3;"
+    ids = ours.encode(text)
+    assert back.encode(text) == ids == theirs(text).input_ids
+    assert back.decode(ids) == text == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    assert (back.chat_template, back.special_tokens) == (ours.chat_template, ours.special_tokens)

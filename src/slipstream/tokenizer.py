@@ -154,7 +154,7 @@ class Tokenizer:
         backend = guard(f"{file} is not a valid tokenizer", lambda: tokenizers.Tokenizer.from_str(raw))
         backend.no_truncation()  # a limit left in the file would silently cut prompts
         backend.no_padding()
-        byte_level, strip_space = _decoder_kind(file, json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
+        byte_level, strip_space = _decoder_kind(file, None if backend.decoder is None else json.loads(backend.decoder.__getstate__()))
 
         config = _read_json(folder / "tokenizer_config.json")
         special = {**_special_names(_read_json(folder / "special_tokens_map.json")), **_special_names(config)}
@@ -172,7 +172,9 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `from_folder` and transformers read them."""
-        self._backend.save(str(folder / "tokenizer.json"))
+        spec = json.loads(self._backend.to_str())
+        spec["decoder"] = spec["decoder"] or _decoder(self._byte_level, self.strip_space)
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
         if self._edges is not None:
             config |= {"add_bos_token": bool(self._edges[0]), "add_eos_token": bool(self._edges[1])}
@@ -312,6 +314,15 @@ def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(value, str):
             found[name] = value
     return found
+
+
+def _decoder(byte_level: bool, strip_space: bool) -> dict[str, Any]:
+    """For tokenizer.json: what `_decoder_kind` would read back."""
+    if byte_level:
+        return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    return {"type": "Sequence", "decoders": steps + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * strip_space}
 
 
 def _decoder_kind(file: Path, decoder: Any) -> tuple[bool, bool]:
