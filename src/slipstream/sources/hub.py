@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from slipstream.errors import CheckpointError
 from slipstream.sources.files import Progress, cache_root, read_chunks, sha256_of, write_whole
@@ -79,6 +79,19 @@ def recorded(model: HubModel) -> Record | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # none, or not ours: pulling writes a new one
     return record if record.files and record.is_whole() else None
+
+
+def all_recorded() -> list[tuple[HubModel, Record]]:
+    """The models that were pulled before and are still whole, by name."""
+    found = []
+    for path in sorted((cache_root() / "hub").glob("*/*.json")):
+        revision, _, file = unquote(path.stem).partition(":")
+        model = HubModel.parse(path.parent.name.replace("--", "/", 1))
+        if model is not None:
+            model = HubModel(model.repo, revision, file or None)
+            if record := recorded(model):
+                found.append((model, record))
+    return found
 
 
 def _record_path(model: HubModel) -> Path:

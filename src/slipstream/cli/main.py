@@ -1,0 +1,116 @@
+"""The program `slipstream`: its commands, and how it ends. A user's mistake is one line and an exit code, no traceback."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from slipstream import __version__
+from slipstream.cli.chat import chat
+from slipstream.cli.explain import explain
+from slipstream.cli.generate import generate
+from slipstream.cli.inspect import inspect
+from slipstream.cli.models import models
+from slipstream.cli.options import option_name
+from slipstream.cli.pull import pull
+from slipstream.errors import SlipstreamError
+
+_COMMANDS = (generate, chat, pull, inspect, explain, models)
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _Command(TyperCommand):
+    """Plain help keeps the groups of options apart, as rich help does."""
+
+    def format_options(self, ctx: typer.Context, formatter: typer.core.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        for title in sorted(groups, key=lambda t: ("Arguments", "Options", "Sampling", "Engine").index(t)):
+            with formatter.section(title):
+                formatter.write_dl(groups[title])
+
+
+def build() -> typer.Typer:
+    """The commands. Help is set with rich on a terminal alone, as loading rich takes longer than all the rest."""
+    app = typer.Typer(
+        help="Run open-weight language models.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich" if sys.stdout.isatty() else None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_program)
+    for command in _COMMANDS:
+        app.command(cls=_Command)(command)
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"slipstream {__version__}")
+        raise typer.Exit
+
+
+def _program(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Run open-weight language models."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the program and give its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to die
+    try:
+        code = build()(arguments, prog_name="slipstream", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except SlipstreamError as e:
+        return _fail(_with_option(str(e)), e.exit_code)
+    except typer.TyperException as e:  # wrong words on the command line
+        context = getattr(e, "ctx", None)
+        path = context.command_path if context is not None else "slipstream"
+        return _fail(f"{e.format_message().rstrip('.')}; see {path} --help", e.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        return _closed_pipe()
+
+
+def _closed_pipe() -> int:
+    """Whoever read our output has enough. What is still buffered must not fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _with_option(message: str) -> str:
+    """An error that begins with a parameter's name begins with the option's instead."""
+    match = re.match(r"([a-z_]+): ", message)
+    name = option_name(match[1]) if match else None
+    return f"{name}{message[match.end(1) :]}" if match and name else message
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    sys.exit(run())

@@ -1,0 +1,36 @@
+"""An answer on its way to standard output: as it is written, reasoning and tool calls set back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from slipstream.cli.show import dim, safe
+
+if TYPE_CHECKING:
+    from slipstream.conversation import ChatDelta
+    from slipstream.engine.engine import Delta
+
+
+def print_stream(stream: Iterable[ChatDelta | Delta]) -> None:
+    """Print each piece at once, and end with a line's end. Interrupted, the line ends all the same."""
+    out, terminal = sys.stdout, sys.stdout.isatty()
+    part: object = None
+    try:
+        for delta in stream:
+            kind = getattr(delta, "kind", "answer")
+            text = safe(delta.text) if terminal else delta.text
+            if not text and kind != "tool_call":
+                continue
+            here = (kind, getattr(delta, "call", 0))
+            if part is not None and here != part:
+                out.write("\n\n")
+            if kind == "tool_call" and here != part:
+                out.write(dim(f"[calls {getattr(delta, 'name', None)}] "))
+            part = here
+            out.write(text if kind == "answer" else dim(text))
+            out.flush()
+    finally:
+        out.write("\n")
+        out.flush()
