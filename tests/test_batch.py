@@ -1,4 +1,4 @@
-"""A step's tensors, against the plain reading of a page table: position p is in slot pages[p // size] * size + p % size."""
+"""A step's tensors, against the plain reading of a page table: p is in slot pages[p // size] * size + p % size."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +26,6 @@ from slipstream.models import architecture
 from slipstream.ops import activation, attention, linear, moe, norm, rope, sampling, store_kv
 from slipstream.ops.choose import Case, Choice, choose
 
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class Plan:
     ops: Ops
     model: Transformer  # on the meta device
     loads: tuple[Load, ...]
+    held: tuple[int, ...]  # bytes in memory of each of the loads
     groups: tuple[CacheGroup, ...]
     num_pages: tuple[int, ...]
     page_size: int
@@ -97,11 +98,11 @@ class Plan:
 
     def _weights(self) -> dict[tuple[str, str], tuple[int, int]]:
         found: dict[tuple[str, str], tuple[int, int]] = {}
-        for item in self.loads:
+        for item, size in zip(self.loads, self.held, strict=True):
             held = dtype_name(self.dtype) if item.format == "dense" else item.format
             held = held + " (shared with the embedding)" if item.shared and item.format == "dense" else held
             n, b = found.get((item.arrived, held), (0, 0))
-            found[item.arrived, held] = (n + 1, b + held_bytes(item, self.dtype))
+            found[item.arrived, held] = (n + 1, b + size)
         return found
 
 
@@ -131,7 +132,8 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     choices += _linear_choices(asked, loads, hardware, dtype)
 
     groups = home.cache_spec(config)
-    weights = sum(held_bytes(item, dtype) for item in loads)
+    held = tuple(_held_bytes(item, ops_table) for item in loads)
+    weights = sum(held)
     batched = asked.max_num_batched_tokens
     workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
     max_len, num_pages = _pages(asked, config, groups, dtype, hardware, weights, workspace, why)
@@ -146,6 +148,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         ops=ops_table,
         model=model,
         loads=loads,
+        held=held,
         groups=groups,
         num_pages=num_pages,
         page_size=asked.page_size,
@@ -306,17 +309,25 @@ def _linear_choices(asked: EngineConfig, loads: tuple[Load, ...], hardware: Hard
     return list(found.values())
 
 
-def held_bytes(item: Load, dtype: torch.dtype) -> int:
-    """Bytes in memory. 4-bit blocks take half a byte a weight and a scale and a zero for each 32 of them."""
-    count = 1
-    for n in item.shape:
-        count *= n
+def _held_bytes(item: Load, ops_table: Ops) -> int:
+    """Bytes in memory: blocks stay as they arrive, unless the kernel lays them out in a way of its own and says so."""
+    if item.format != "dense" and item.to != "embed.weight":
+        kernel = ops_table.linear(item.format, item.shape[0], item.shape[1], item.shared)
+        if hasattr(kernel, "held_bytes"):
+            return kernel.held_bytes(item.format, item.shape, ops_table.dtype)
+    if item.shared:
+        return 0
     if item.format == "dense":
-        return 0 if item.shared else count * dtype.itemsize
-    if item.to == "embed.weight":
-        return sum(s.nbytes for s in item.sources)
-    four = count // 2 + count // 32 * 2 * dtype.itemsize
-    return 2 * four if item.format == "Q8_0" else four
+        return math.prod(item.shape) * ops_table.dtype.itemsize
+    return sum(s.nbytes for s in item.sources)
+
+
+def _size(count: int | float) -> str:
+    """Bytes for a message, in the unit that shows a few digits."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{int(count)} bytes"
 
 
 def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
@@ -340,9 +351,9 @@ def _pages(asked: EngineConfig, config: ModelConfig, groups: tuple[CacheGroup, .
         budget = int(hardware.free_bytes * share) - weights - workspace
         if budget <= 0:
             raise CapacityError(
-                f"the model does not fit: weights take {weights / GIB:.2f} GiB and workspace {workspace / GIB:.2f} GiB of the "
-                f"{hardware.free_bytes * share / GIB:.2f} GiB that may be used ({share:.0%} of {hardware.free_bytes / GIB:.2f} GiB "
-                "free), which leaves nothing for keys and values; free memory, or take a smaller or quantized model"
+                f"the model does not fit: weights take {_size(weights)} and workspace {_size(workspace)} of the "
+                f"{_size(hardware.free_bytes * share)} that may be used ({share:.0%} of {_size(hardware.free_bytes)} free), "
+                "which leaves nothing for keys and values; free memory, or take a smaller or quantized model"
             )
 
     def need(length: int) -> list[int]:  # pages of one sequence
@@ -361,8 +372,8 @@ def _pages(asked: EngineConfig, config: ModelConfig, groups: tuple[CacheGroup, .
     if cost(need(longest)) > budget:
         if asked.max_model_len is not None:
             raise CapacityError(
-                f"one request of max_model_len={longest} tokens needs {cost(need(longest)) / GIB:.3f} GiB for keys and values, "
-                f"but {budget / GIB:.3f} GiB are left for them; lower max_model_len or raise kv_cache_memory_bytes"
+                f"one request of max_model_len={longest} tokens needs {_size(cost(need(longest)))} for keys and values, "
+                f"but {_size(budget)} are left for them; lower max_model_len or raise kv_cache_memory_bytes"
             )
         low, high = 0, longest
         while low < high:
@@ -370,7 +381,7 @@ def _pages(asked: EngineConfig, config: ModelConfig, groups: tuple[CacheGroup, .
             low, high = (middle, high) if cost(need(middle)) <= budget else (low, middle - 1)
         if low < 2:
             raise CapacityError(f"{budget} bytes for keys and values hold no two tokens; raise kv_cache_memory_bytes")
-        why["max_model_len"] = f"{low} tokens are what {budget / GIB:.3f} GiB of keys and values hold, not the model's {longest}"
+        why["max_model_len"] = f"{low} tokens are what {_size(budget)} of keys and values hold, not the model's {longest}"
         longest = low
     one = need(longest)
     # A step computes at most `chunk` tokens over all sequences, so beside its window only one chunk is held in all.

@@ -6,6 +6,8 @@ two products; no code is changed. Scales become bfloat16, as the operator wants 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ class Int4:
         packed = blocks[..., -16:]
         codes = torch.cat((packed & 15, packed >> 4), -1).view(out, width)
         return _pack(codes, scale, zero, dtype)
+
+    def held_bytes(self, format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Half a byte a weight, and a scale and a zero for each 32 of them; all of it twice for 8 bits."""
+        four = math.prod(shape) // 2 + math.prod(shape) // 32 * 2 * dtype.itemsize
+        return 2 * four if format == "Q8_0" else four
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], 32, packed[1])
