@@ -1,0 +1,73 @@
+"""Mixture of experts: every implementation against float64, and the router's two ways of weighing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from slipstream.layers.mlp import MoE
+from slipstream.ops import moe
+
+TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 13, 24, 10, 7, 3
+
+
+def _case(bias: bool, dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(0)
+    ids = torch.stack([torch.randperm(EXPERTS - 1)[:TOP_K] for _ in range(TOKENS)])  # the last expert gets nothing
+    weights = torch.rand(TOKENS, TOP_K)
+    case = {
+        "x": torch.randn(TOKENS, HIDDEN),
+        "gate_up": torch.randn(EXPERTS, 2 * INNER, HIDDEN) / 4,
+        "down": torch.randn(EXPERTS, HIDDEN, INNER) / 3,
+        "gate_up_bias": torch.randn(EXPERTS, 2 * INNER) if bias else None,
+        "down_bias": torch.randn(EXPERTS, HIDDEN) if bias else None,
+    }
+    return {k: None if v is None else v.to(dtype) for k, v in case.items()} | {"ids": ids, "weights": weights}
+
+
+def _oracle(case: dict[str, Any], kind: str, limit: float) -> torch.Tensor:
+    """All experts on all tokens in float64, then a weighted sum."""
+    case = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
+    h = torch.einsum("th,eih->tei", case["x"], case["gate_up"])
+    h = h if case["gate_up_bias"] is None else h + case["gate_up_bias"]
+    gate, up = h[..., :INNER], h[..., INNER:]
+    if kind == "silu":
+        h = gate * torch.sigmoid(gate) * up
+    else:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        h = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    h = torch.einsum("tei,ehi->teh", h, case["down"])
+    h = h if case["down_bias"] is None else h + case["down_bias"]
+    share = torch.zeros(TOKENS, EXPERTS, dtype=torch.float64).scatter(1, case["ids"], case["weights"])
+    return torch.einsum("te,teh->th", share, h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "bias"), [("silu", False), ("silu", True), ("swiglu_clamped", True)])
+@pytest.mark.parametrize("impl", moe.IMPLS, ids=lambda i: i.name)
+def test_experts(impl: Any, kind: str, bias: bool, dtype: torch.dtype) -> None:
+    case = _case(bias, dtype)
+    got = impl.load()(**case, kind=kind, limit=1.1)
+    assert got.dtype == dtype
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(got.double(), _oracle(case, kind, 1.1), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("softmax_first", [True, False])
+def test_router(softmax_first: bool, renormalize: bool) -> None:
+    torch.manual_seed(1)
+    logits = 2 * torch.randn(TOKENS, EXPERTS)
+    layer = MoE.__new__(MoE)
+    layer.__dict__.update(top_k=TOP_K, softmax_first=softmax_first, renormalize=renormalize)
+    ids, weights = layer.route(logits)
+    assert ids.shape == weights.shape == (TOKENS, TOP_K)
+    for row, chosen, weight in zip(logits.double(), ids, weights, strict=True):
+        assert set(chosen.tolist()) == set(row.argsort(descending=True)[:TOP_K].tolist())
+        whole = F.softmax(row, -1)[chosen]
+        # A softmax of the best alone is the softmax of all, made to add up to one.
+        want = whole / whole.sum() if renormalize or not softmax_first else whole
+        torch.testing.assert_close(weight.double(), want, rtol=1e-5, atol=1e-6)
