@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import itertools
 import os
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from slipstream.ahead import read_torch
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import CheckpointError, RequestError
@@ -37,9 +33,11 @@ class LLM:
         ConfigError, CheckpointError, KernelError, CapacityError: it cannot run as asked; the message says why.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None, **options: Any
+    ) -> None:
         asked = EngineConfig(**options)
-        _read_torch_ahead()
+        read_torch()
         from slipstream.sources import resolve
 
         checkpoint = open_checkpoint(resolve(model))
@@ -60,7 +58,9 @@ class LLM:
         self._ids = itertools.count()
 
     @overload
-    def generate(self, prompts: str, params: SamplingParams | None = None) -> RequestOutput: ...
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str too; the first one wins
+        self, prompts: str, params: SamplingParams | None = None
+    ) -> RequestOutput: ...
     @overload
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams | None = None) -> list[RequestOutput]: ...
     def generate(self, prompts: Any, params: SamplingParams | None = None) -> RequestOutput | list[RequestOutput]:
@@ -172,16 +172,6 @@ class LLM:
         checked = as_token_ids(ids, self.model_config.vocab_size)
         stream = self.engine.submit(Request(f"req-{next(self._ids)}", checked, seen, prompt))
         return conversation.ChatStream(stream, conversation.open_parsers(self.tokenizer, params, harmony=harmony))
-
-
-def _read_torch_ahead() -> None:
-    """Let a thread bring torch's libraries into memory while this one reads the tokenizer: importing waits less."""
-    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return
-    library = Path(spec.origin).with_name("lib") / "libtorch_python.so"
-    if library.exists():
-        threading.Thread(target=ctypes.CDLL, args=(str(library),), daemon=True).start()
 
 
 def _default_params(generation: Mapping[str, Any]) -> SamplingParams:

@@ -7,7 +7,9 @@ Every parameter is written exactly once and every tensor of the checkpoint is us
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ Keep = Callable[[str, tuple[int, ...], bool], bool]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 Rename = Callable[[str], str | None]
 
+READERS = 2  # parameters on their way at once: also how many are in memory twice
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|^rope_freqs\.weight$")
@@ -156,34 +159,44 @@ def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device
     """
     total = sum(s.nbytes for item in loads if not item.shared for s in item.sources)
     done = 0
-    for item in loads:
-        path, _, leaf = item.to.rpartition(".")
-        owner = model.get_submodule(path)
-        if item.shared:
-            data = model.get_submodule("embed").weight
-            if item.twin is not None and not torch.equal(data, _dense(checkpoint, item.twin, data.dtype).to(device)):
-                raise CheckpointError(
-                    f"{checkpoint.path}: config.json ties the head to the embedding, but {item.twin.name} differs from "
-                    f"{item.sources[0].name}; set tie_word_embeddings to false if the head is meant"
-                )
-        elif item.format == "dense":
-            parameter: Tensor = getattr(owner, leaf)
-            data = item.rule.transform([_dense(checkpoint, s, parameter.dtype) for s in item.sources])
-            data = data.to(device=device, dtype=parameter.dtype)
-        else:
-            data = rows([checkpoint.read_blocks(s.name) for s in item.sources]).to(device)
-        if hasattr(owner, "accept") and leaf == "weight":
-            kept = model.get_submodule("embed").format if item.shared else item.format
-            owner.accept(Matrix(kept, data, (item.shape[0], item.shape[1])), shared=item.shared)
-        else:
-            setattr(owner, leaf, nn.Parameter(data.contiguous(), requires_grad=False))
-        if not item.shared:
-            done += sum(s.nbytes for s in item.sources)
-        if progress is not None:
-            progress(done, total)
+    with ThreadPoolExecutor(READERS) as readers:  # one reads while another lays out
+        ahead: deque[tuple[Load, Future[None]]] = deque()
+        for item in (*loads, None):
+            while ahead and (item is None or item.shared or len(ahead) > READERS):
+                landed, future = ahead.popleft()
+                future.result()
+                done += sum(s.nbytes for s in landed.sources if not landed.shared)
+                if progress is not None:
+                    progress(done, total)
+            if item is not None:
+                ahead.append((item, readers.submit(_place, model, item, checkpoint, device)))
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise AssertionError(f"parameters were never written: {left}")
+
+
+def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.device) -> None:
+    """One parameter from the file into its layer."""
+    path, _, leaf = item.to.rpartition(".")
+    owner = model.get_submodule(path)
+    if item.shared:
+        data = model.get_submodule("embed").weight
+        if item.twin is not None and not torch.equal(data, _dense(checkpoint, item.twin, data.dtype).to(device)):
+            raise CheckpointError(
+                f"{checkpoint.path}: config.json ties the head to the embedding, but {item.twin.name} differs from "
+                f"{item.sources[0].name}; set tie_word_embeddings to false if the head is meant"
+            )
+    elif item.format == "dense":
+        parameter: Tensor = getattr(owner, leaf)
+        data = item.rule.transform([_dense(checkpoint, s, parameter.dtype) for s in item.sources])
+        data = data.to(device=device, dtype=parameter.dtype)
+    else:
+        data = rows([checkpoint.read_blocks(s.name) for s in item.sources]).to(device)
+    if hasattr(owner, "accept") and leaf == "weight":
+        kept = model.get_submodule("embed").format if item.shared else item.format
+        owner.accept(Matrix(kept, data, (item.shape[0], item.shape[1])), shared=item.shared)
+    else:
+        setattr(owner, leaf, nn.Parameter(data.contiguous(), requires_grad=False))
 
 
 def _dense(checkpoint: Checkpoint, source: TensorInfo, dtype: torch.dtype) -> Tensor:
