@@ -91,8 +91,8 @@ class ChatOutput(RequestOutput):
 class _Parser(Protocol):
     """Parts one answer as it is written. `stopped` is the stop string that ended it."""
 
-    stopped: str | None
-
+    @property
+    def stopped(self) -> str | None: ...
     def feed(self, delta: Delta) -> list[HarmonyEvent]: ...
     @property
     def answer(self) -> ChatAnswer: ...
@@ -101,7 +101,7 @@ class _Parser(Protocol):
 class _Plain:
     """All is answer."""
 
-    stopped = None
+    stopped: str | None = None
 
     def __init__(self) -> None:
         self._texts: list[str] = []

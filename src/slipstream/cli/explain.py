@@ -13,7 +13,8 @@ from slipstream.cli.show import Bar, Table, print_json, print_tables, size
 def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> None:
     """Say what would run where, and why.
 
-    Prints the plan, with the memory that it takes, without loading the model. Takes the same engine options as generate and chat, and fails where they would.
+    Prints the plan, with the memory that it takes, without loading the model. Takes the same engine options as
+    generate and chat, and fails where they would.
     """
     from slipstream.config import EngineConfig
 
@@ -38,14 +39,14 @@ def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> Non
 
 def _tables(model: str, plan: Mapping[str, Any]) -> list[Table]:
     why = dict(plan["why"])
-    sizes = plan["bytes"]
+    sizes, step = plan["bytes"], "max_num_batched_tokens"
     rows = [
         ("device", f"{plan['device']} ({plan['hardware']})", why.pop("device", "")),
         ("dtype", plan["dtype"], why.pop("dtype", "")),
         ("architecture", plan["architecture"], ""),
         ("max_model_len", f"{plan['max_model_len']:,} tokens", why.pop("max_model_len", "")),
         ("max_num_seqs", f"{plan['max_num_seqs']} answers together", why.pop("max_num_seqs", "")),
-        ("max_num_batched_tokens", f"{plan['max_num_batched_tokens']:,} tokens a step", why.pop("max_num_batched_tokens", "")),
+        (step, f"{plan[step]:,} tokens a step", why.pop(step, "")),
     ]
     memory = [
         ("weights", size(sizes["weights"]), why.pop("weights", "")),
@@ -63,10 +64,11 @@ def _tables(model: str, plan: Mapping[str, Any]) -> list[Table]:
         (g["name"], str(g["layers"]), f"{g['pages']:,}", f"{g['bytes_per_token']:,}", size(g["bytes"]))
         for g in plan["cache_groups"]
     ]
+    pages = f"KV cache, {plan['page_size']} tokens a page"
     return [
         Table(f"Plan for {model}", rows, ("what", "choice", "why")),
         Table("Implementations", choices, ("op", "implementation", "why")),
         Table("Weights", weights, ("in the checkpoint", "in memory", "tensors", "size")),
-        Table(f"KV cache, {plan['page_size']} tokens a page", groups, ("layers", "count", "pages", "bytes a token", "size")),
+        Table(pages, groups, ("layers", "count", "pages", "bytes a token", "size")),
         Table("Memory", memory, ("for", "size", "why")),
     ]

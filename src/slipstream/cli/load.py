@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,10 @@ def load_llm(model: str, options: EngineOptions) -> LLM:
         path = resolve(model, progress=bar)
         from slipstream.llm import LLM
 
-        return LLM(path, progress=lambda done, total: bar(f"loading {model}", done, total), **engine)
+        llm = LLM(path, progress=lambda done, total: bar(f"loading {model}", done, total), **engine)
+    gc.freeze()  # what is loaded stays: later collections need not look at it
+    gc.enable()
+    return llm
 
 
 def usage(llm: LLM, output: RequestOutput) -> dict[str, Any]:

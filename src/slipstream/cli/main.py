@@ -1,17 +1,22 @@
-"""The program `slipstream`: its commands, and how it ends. A user's mistake is one line and an exit code, no traceback."""
+"""The program `slipstream`: its commands, and how it ends.
+
+A user's mistake is one line and an exit code; a traceback is only ever for a bug of ours.
+"""
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from slipstream import __version__
+from slipstream.ahead import read_torch
 from slipstream.cli.chat import chat
 from slipstream.cli.explain import explain
 from slipstream.cli.generate import generate
@@ -28,7 +33,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 class _Command(TyperCommand):
     """Plain help keeps the groups of options apart, as rich help does."""
 
-    def format_options(self, ctx: typer.Context, formatter: typer.core.HelpFormatter) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -77,6 +82,9 @@ def run(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to die
+    gc.disable()  # nothing is garbage while we import; load_llm switches it on again
+    if {"generate", "chat", "explain"} & set(arguments or sys.argv[1:]):
+        read_torch()
     try:
         code = build()(arguments, prog_name="slipstream", standalone_mode=False)
         sys.stdout.flush()

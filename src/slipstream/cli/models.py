@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from slipstream.cli.options import AsJson
 from slipstream.cli.show import Table, print_json, print_tables, size
 
@@ -16,11 +18,11 @@ def models(as_json: AsJson = False) -> None:
     from slipstream.sources.hub import all_recorded
     from slipstream.sources.wheel import is_whole
 
-    named = [
+    named: list[dict[str, Any]] = [
         {"name": m.name, "bytes": m.bytes, "license": m.license, "here": is_whole(m), "path": m.path}
         for m in known_models()
     ]
-    pulled = [
+    pulled: list[dict[str, Any]] = [
         {"name": str(model), "bytes": sum(n for n, _ in record.files.values()), "path": record.path(model)}
         for model, record in all_recorded()
     ]

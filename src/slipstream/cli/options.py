@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from decimal import Decimal
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -50,7 +51,7 @@ def parse_size(text: str) -> int:
     units = {name.lower(): size for name, size in _UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise typer.BadParameter(f"{text!r} is not a size; write bytes, or a number with a unit, such as 2GiB or 500MB")
-    return int(float(match[1]) * units[match[2].lower()]) if "." in match[1] else int(match[1]) * units[match[2].lower()]
+    return int(Decimal(match[1]) * units[match[2].lower()])
 
 
 def parse_limit(text: str) -> int:
@@ -128,9 +129,9 @@ class SamplingOptions:
     include_stop_str_in_output: Annotated[
         bool | None, _sampling("Keep the stop text in the answer.", "--include-stop-str-in-output")
     ] = None
-    ignore_eos: Annotated[
-        bool | None, _sampling("Go on after the model's own end of an answer.", "--ignore-eos")
-    ] = None
+    ignore_eos: Annotated[bool | None, _sampling("Go on after the model's own end of an answer.", "--ignore-eos")] = (
+        None
+    )
     skip_special_tokens: Annotated[
         bool | None, _sampling("Whether to leave special tokens out of the text. Default: leave them out.")
     ] = None

@@ -44,10 +44,11 @@ def pull(
         )
         return
     checked = "held against the published list" if pulled.verified else "not published, so held against nothing"
+    of = "" if len(pulled.files) == 1 else f" (of the list of {len(pulled.files)} files and their hashes)"
     rows = [
         ("path", str(pulled.path)),
         ("size", f"{size(pulled.bytes)} ({pulled.bytes:,} bytes)"),
-        ("SHA-256", pulled.sha256 if len(pulled.files) == 1 else f"{pulled.sha256} (of the list of {len(pulled.files)})"),
+        ("SHA-256", pulled.sha256 + of),
         ("hashes", checked),
     ]
     print_tables([Table(f"{model}: {pulled.status}", rows)])
