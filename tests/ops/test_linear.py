@@ -65,7 +65,7 @@ def test_blocks(name: str, format: str, dtype: torch.dtype, tokens: int, bias: b
     want = x.double() @ weight.double().T + (b.double() if bias else 0)
     assert got.dtype == dtype and got.shape == (tokens, OUT)
     error = (got.double() - want).norm() / want.norm()
-    # In bfloat16 the scales, the products' inputs or the result are rounded to 8 bits; a wrong code or scale is far off.
+    # In bfloat16 scales, inputs or the result are rounded to 8 bits; a wrong code or scale is far off.
     assert error < (2e-6 if dtype == F32 else 6e-3)
 
 
