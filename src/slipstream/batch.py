@@ -136,6 +136,7 @@ def neighbours(pages: tuple[int, ...]) -> bool:
 def _group(index: int, group: CacheGroup, chunks: Sequence[Chunk], page_size: int, device: torch.device) -> GroupBatch:
     slots: list[int] = []
     contexts: list[Context] = []
+    offsets = torch.arange(page_size)
     for c in chunks:
         table = c.tables[index]
         base = table.first * page_size
@@ -145,9 +146,7 @@ def _group(index: int, group: CacheGroup, chunks: Sequence[Chunk], page_size: in
             slots.extend(range(c.start + shift, c.end + shift))
             contexts.append(Context(first, c.end, slice(first + shift, c.end + shift)))
             continue
-        pages = torch.tensor(table.pages)
-        at = torch.arange(first - base, c.end - base)
-        where = pages[at // page_size] * page_size + at % page_size
+        where = (torch.tensor(table.pages)[:, None] * page_size + offsets).flatten()[first - base : c.end - base]
         slots.extend(where[c.start - first :].tolist())
         contexts.append(Context(first, c.end, where.to(device)))
     tables = tuple(c.tables[index] for c in chunks)
