@@ -79,9 +79,7 @@ def test_every_sampling_option_reaches_the_sampler(
     assert seen == [given]
 
 
-def test_every_engine_option_reaches_the_engine(
-    slipstream: Run, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("slipstream.plan.make_plan", lambda asked, *_: seen.append(asked) or 1 / 0)
     given = EngineConfig(
@@ -157,6 +155,8 @@ def test_no_limit_but_the_models_own(slipstream: Run, model: str) -> None:
     assert len(got["outputs"][0]["token_ids"]) == 40 - 2
 
 
-def test_greedy_puts_the_checkpoints_typical_p_aside(slipstream: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_puts_the_checkpoints_typical_p_aside(
+    slipstream: Run, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("slipstream.llm._default_params", lambda _: SamplingParams(typical_p=0.9, top_p=0.8))
     assert slipstream("generate", model, "x", *GREEDY).code == 0

@@ -81,7 +81,7 @@ def test_what_is_not_utf8(slipstream: Run, model: str, tmp_path: Path) -> None:
         assert ran.code == 2 and ran.err.startswith("error: ") and ran.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["generate", "explain"])
+@pytest.mark.parametrize("command", ["generate", "explain", "inspect"])
 def test_an_unknown_architecture_lists_the_known_ones(slipstream: Run, tmp_path: Path, command: str) -> None:
     folder = write_chat_model(tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())

@@ -43,7 +43,6 @@ def inspect(model: Model, as_json: AsJson = False) -> None:
 def facts(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     """All that `inspect` says, as plain values."""
     from slipstream.cache.spec import group_layers
-    from slipstream.models import ARCHITECTURES
 
     tensors = checkpoint.tensors.values()
     rope = next((layer.rope for layer in config.layers if layer.rope), None)
@@ -54,7 +53,6 @@ def facts(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
         "path": checkpoint.path,
         "format": checkpoint.kind,
         "architecture": config.model_type,
-        "supported": config.model_type in ARCHITECTURES,
         "parameters": sum(map(_parameters, tensors)),
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.total_bytes,
@@ -147,7 +145,7 @@ def _tables(model: str, f: Mapping[str, Any]) -> list[Table]:
     scaled = f", {rope['kind']} x {rope['factor']:g}" if rope and rope["kind"] != "default" else ""
     experts = f"{f['experts']}, of which {f['experts_per_token']} for each token" if f["experts"] else "none"
     rows = [
-        ("architecture", f["architecture"] + ("" if f["supported"] else " (not supported by slipstream)")),
+        ("architecture", f["architecture"]),
         ("parameters", f"{number(f['parameters'])} ({f['parameters']:,}) in {f['tensors']} tensors"),
         ("size", f"{size(f['bytes'])}, {f['format']}"),
         ("dtype", f["dtype"]),
