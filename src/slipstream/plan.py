@@ -369,6 +369,9 @@ def _pages(asked: EngineConfig, config: ModelConfig, groups: tuple[CacheGroup, .
             f"max_model_len: {asked.max_model_len} is more than the {config.max_position_embeddings} positions that the model "
             "was made for; ask for at most that"
         )
+    if asked.kv_cache_memory_bytes is None and not hardware.device.startswith("cuda") and budget > CPU_KV_BYTES:
+        budget = min(budget, max(CPU_KV_BYTES, cost(need(longest))))
+        why["kv_cache"] = f"{_size(CPU_KV_BYTES)} on a CPU unless one request needs more; kv_cache_memory_bytes sets it"
     if cost(need(longest)) > budget:
         if asked.max_model_len is not None:
             raise CapacityError(
