@@ -103,6 +103,21 @@ class Tiny:
 
 @torch.no_grad()
 def make(name: str, folder: Path) -> Tiny:
+    model = save(name, folder)
+    prompts = [torch.randint(_SIZES["vocab_size"], (1, n)) for n in PROMPT_LENGTHS]
+    return Tiny(
+        name,
+        folder,
+        [p[0].tolist() for p in prompts],
+        [model(p).logits[0] for p in prompts],
+        # Without a mask, transformers would take a token that happens to be the padding token for padding.
+        [model.generate(p, attention_mask=torch.ones_like(p))[0, p.shape[1] :].tolist() for p in prompts],
+    )
+
+
+@torch.no_grad()
+def save(name: str, folder: Path) -> Any:
+    """A folder with the model and a tokenizer; gives transformers' model."""
     kind, changes = TINY[name]
     sizes = {**_SIZES, **changes}
     torch.manual_seed(1000 + sorted(TINY).index(name))
@@ -119,15 +134,7 @@ def make(name: str, folder: Path) -> Tiny:
     model.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
     model.save_pretrained(folder)
     write_tokenizer(folder, sizes["vocab_size"])
-    prompts = [torch.randint(sizes["vocab_size"], (1, n)) for n in PROMPT_LENGTHS]
-    return Tiny(
-        name,
-        folder,
-        [p[0].tolist() for p in prompts],
-        [model(p).logits[0] for p in prompts],
-        # Without a mask, transformers would take a token that happens to be the padding token for padding.
-        [model.generate(p, attention_mask=torch.ones_like(p))[0, p.shape[1] :].tolist() for p in prompts],
-    )
+    return model
 
 
 def _scatter(name: str, p: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 """One path for a weight: a dry run from headers, then read, transform, and hand over to the layer.
 
-The dry run matches the architecture's rules with the names, shapes and dtypes in the headers before any memory is taken.
+The dry run matches the architecture's rules with the names, shapes and dtypes in the headers before memory is taken.
 Every parameter is written exactly once and every tensor of the checkpoint is used, or the error lists both sides.
 """
 
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,20 +68,21 @@ def refuse(checkpoint: Checkpoint, method: str | None, num_layers: int, rename: 
     Raises:
         CheckpointError: the weights are quantized in a way that cannot be run, or are of another number of layers.
     """
-    mxfp4 = any(t.dtype == "MXFP4" or n.endswith(("_proj_blocks", "_proj_scales")) for n, t in checkpoint.tensors.items())
+    packed = ("_proj_blocks", "_proj_scales")
+    mxfp4 = any(t.dtype == "MXFP4" or n.endswith(packed) for n, t in checkpoint.tensors.items())
     if mxfp4 or method == "mxfp4":
         raise CheckpointError(
-            f"{checkpoint.path}: the experts are quantized to MXFP4, which is not supported yet, and widening them would take "
-            "four times the memory; take a bfloat16 form of this model"
+            f"{checkpoint.path}: the experts are quantized to MXFP4, which is not supported yet; widening them "
+            "would take four times the memory; take a bfloat16 form of this model"
         )
     if method is not None:
         raise CheckpointError(
-            f"{checkpoint.path}: the weights are quantized by {method!r}, which is not supported; take the model in bfloat16 "
-            "or a GGUF of it"
+            f"{checkpoint.path}: the weights are quantized by {method[:80]!r}, which is not supported; take the model "
+            "in bfloat16 or a GGUF of it"
         )
     found = max((int(m[1]) + 1 for n in checkpoint.tensors if (m := _LAYER.search(rename(n) or ""))), default=0)
     if found != num_layers:
-        raise CheckpointError(f"{checkpoint.path}: config.json says {num_layers} layers, but the tensors are of {found}")
+        raise CheckpointError(f"{checkpoint.path}: config.json says {num_layers} layers, the tensors are of {found}")
 
 
 def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint, *, num_layers: int, num_experts: int,
@@ -96,7 +98,7 @@ def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint,
     Raises:
         CheckpointError: names are missing or left over, or shapes or dtypes do not fit.
     """
-    parameters = {name: p for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     tensors = {name: t for n, t in checkpoint.tensors.items() if (name := rename(n)) is not None}
     loads: dict[str, Load] = {}
     missing: dict[str, list[str]] = {}
@@ -178,9 +180,11 @@ def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device
 def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.device) -> None:
     """One parameter from the file into its layer."""
     path, _, leaf = item.to.rpartition(".")
-    owner = model.get_submodule(path)
+    owner: Any = model.get_submodule(path)
+    data: Tensor
+    embed: Any = model.get_submodule("embed")
     if item.shared:
-        data = model.get_submodule("embed").weight
+        data = embed.weight
         if item.twin is not None and not torch.equal(data, _dense(checkpoint, item.twin, data.dtype).to(device)):
             raise CheckpointError(
                 f"{checkpoint.path}: config.json ties the head to the embedding, but {item.twin.name} differs from "
@@ -193,7 +197,7 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
     else:
         data = rows([checkpoint.read_blocks(s.name) for s in item.sources]).to(device)
     if hasattr(owner, "accept") and leaf == "weight":
-        kept = model.get_submodule("embed").format if item.shared else item.format
+        kept = embed.format if item.shared else item.format
         owner.accept(Matrix(kept, data, (item.shape[0], item.shape[1])), shared=item.shared)
     else:
         setattr(owner, leaf, nn.Parameter(data.contiguous(), requires_grad=False))

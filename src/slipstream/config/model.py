@@ -73,6 +73,11 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different rotations of this model's layers, in the order of first use."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Read the content of a config.json, in the spelling of transformers 4 or 5.

@@ -1,4 +1,4 @@
-"""From config.json to `ModelConfig`, in the spelling of transformers 4 or 5 and with the defaults of its config classes.
+"""From config.json, in the spelling of transformers 4 or 5 and with the defaults of its classes, to `ModelConfig`.
 
 What a field means is what transformers' modeling file of that architecture does with it. A field that would change the
 result and is not supported is an error; one that the architecture does not read is left alone.
@@ -16,21 +16,25 @@ _GEMMA = {
     "head_dim": 256, "num_key_value_heads": 4, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096,
     "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
 }  # fmt: skip
-# What transformers' config classes assume where config.json is silent; sizes only where files on the Hub leave them out.
+# What transformers assumes where config.json is silent; sizes of a model only where files on the Hub leave them out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     "mixtral": {
-        "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
+        "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
     },
-    "qwen2": {"sliding_window": 4096, "max_position_embeddings": 32768},
-    "qwen3": {"sliding_window": 4096, "max_position_embeddings": 32768, "head_dim": 128},
+    "qwen2": {"sliding_window": 4096, "num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {
+        "sliding_window": 4096, "num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128,
+    },
     "qwen3_moe": {
         "sliding_window": 4096, "max_position_embeddings": 32768, "num_key_value_heads": 4, "num_local_experts": 128,
         "num_experts_per_tok": 8, "moe_intermediate_size": 768,
     },
-    "gemma2": _GEMMA | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma2": _GEMMA | {
+        "max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
     "gemma3_text": _GEMMA | {
         "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
         "num_attention_heads": 8, "max_position_embeddings": 131072,
@@ -41,26 +45,32 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 2e6, "num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
     },
     "gpt_oss": {
-        "head_dim": 64, "sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4, "rope_theta": 150000.0,
+        "head_dim": 64, "sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4,
         "num_key_value_heads": 8, "attention_bias": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+        "rope_theta": 150000.0,
         "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                             "original_max_position_embeddings": 4096},
     },
 }  # fmt: skip
-# An explicit null here is a value of its own: no window, no soft-capping, as many key heads as heads, heads that add up.
+# An explicit null is a value of its own here: no window, no soft-capping, as many key heads as heads, hidden / heads.
 _NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads", "head_dim")
 # These turn a model into another one; none of our architectures has them in transformers.
 _FOREIGN = ("clip_qkv", "use_qk_norm", "use_mrope", "use_bidirectional_attention")
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+# Of a model with a text_config, these stand outside of it.
+_OUTER = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+}  # fmt: skip
 _DTYPES = ("bfloat16", "float16", "float32")
 _ROPE_NUMBERS = {  # the numbers that each rule cannot do without
     "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": (),
 }  # fmt: skip
 _ROPE_KEYS = {
     "rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
-    "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-    "finetuned",
+    "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+    "truncate", "finetuned",
 }  # fmt: skip
 
 
@@ -70,13 +80,13 @@ class Reader:
     def __init__(self, raw: Mapping[str, Any]) -> None:
         kind = raw.get("model_type") if isinstance(raw, Mapping) else None
         if not isinstance(kind, str):
-            raise CheckpointError("config.json has no model_type, so the architecture is unknown; is this a model folder?")
+            raise CheckpointError("config.json has no model_type, so it is unknown which architecture this is")
         if kind == "gemma3" and isinstance(raw.get("text_config"), Mapping):
-            outer = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "bos_token_id", "eos_token_id")
-            raw = {**raw["text_config"], **{k: raw[k] for k in outer if raw.get(k) is not None}}
+            raw = {**raw["text_config"], **{k: raw[k] for k in _OUTER if raw.get(k) is not None}}
             kind = "gemma3_text"
         if kind not in _DEFAULTS:
-            raise CheckpointError(f"architecture {kind[:80]!r} is not supported; known are {', '.join(sorted(_DEFAULTS))}")
+            known = ", ".join(sorted(_DEFAULTS))
+            raise CheckpointError(f"architecture {kind[:80]!r} is not supported; known are {known}")
         self.kind, self.given = kind, raw
         self.raw = _DEFAULTS[kind] | {k: v for k, v in raw.items() if v is not None or k in _NULLABLE}
 
@@ -122,7 +132,7 @@ class Reader:
         if heads % kv_heads:
             raise self.bad("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads={heads}")
         if self.get("head_dim") is None and hidden % heads:
-            raise self.bad("hidden_size", hidden, f"a multiple of num_attention_heads={heads} where head_dim is not given")
+            raise self.bad("hidden_size", hidden, f"a multiple of num_attention_heads={heads} (or give head_dim)")
         head_dim = self.integer("head_dim", max(hidden // heads, 1), high=4096)
         if head_dim % 2:
             raise self.bad("head_dim", head_dim, "even, as its halves are rotated against each other")
@@ -142,7 +152,7 @@ class Reader:
             rms_norm_eps=self.number("rms_norm_eps", 1e-6),
             hidden_act=self.activation(),
             tie_word_embeddings=self.flag("tie_word_embeddings", False),
-            attention_bias=kind == "qwen2" or (kind not in ("mistral", "mixtral", "phi3") and self.flag("attention_bias", False)),
+            attention_bias=self.attention_bias(),
             mlp_bias=kind in ("llama", "smollm3") and self.flag("mlp_bias", False),
             num_experts=experts,
             num_experts_per_tok=top_k,
@@ -157,6 +167,11 @@ class Reader:
             eos_token_ids=self.eos(),
             quantization=self.quantization(),
         )
+
+    def attention_bias(self) -> bool:
+        if self.kind in ("mistral", "mixtral", "phi3"):
+            return False
+        return self.kind == "qwen2" or self.flag("attention_bias", False)
 
     def trained(self) -> int:
         return self.integer("max_position_embeddings", 2048, high=2**31)
@@ -234,7 +249,7 @@ class Reader:
         )
 
     def kinds(self, n: int, rotates: list[bool]) -> list[LayerKind]:
-        """Full or sliding, layer by layer: as `layer_types` says where the architecture reads it, else by its own rule."""
+        """Full or sliding, layer by layer: as `layer_types` says where the architecture reads it, else by its rule."""
         rule = self.rule(n, rotates)
         given = self.raw.get("layer_types")
         if given is None:
@@ -307,7 +322,7 @@ class Reader:
         params = {k: v for k, v in self.rope_parameters(kind).items() if v is not None}
         rule = params.get("rope_type", params.get("type", "default"))
         if self.kind == "phi3" and rule in ("su", "yarn", "longrope"):
-            raise self.bad("rope_type", rule, "default: longrope is not supported, so take the 4k variant of this model")
+            raise self.bad("rope_type", rule, "default: longrope is not supported; take the 4k variant of the model")
         if not isinstance(rule, str) or rule not in _ROPE_NUMBERS:
             raise self.bad("rope_type", rule, f"one of {', '.join(_ROPE_NUMBERS)} (others are not supported)")
         unknown = sorted(str(k) for k in params.keys() - _ROPE_KEYS)
@@ -321,9 +336,10 @@ class Reader:
             want = f"a part of head_dim={head_dim} with an even width" if self.kind == "phi3" else f"1 in {self.kind}"
             raise self.bad("partial_rotary_factor", partial, want)
         trained = self.trained()
-        original = params.get("original_max_position_embeddings", self.raw.get("original_max_position_embeddings", trained))
+        name = "original_max_position_embeddings"
+        original = params.get(name, self.get(name, trained))
         if not isinstance(original, int) or isinstance(original, bool) or not 0 < original < 2**31:
-            raise self.bad("original_max_position_embeddings", original, "a positive whole number")
+            raise self.bad(name, original, "a positive whole number")
         out = RopeConfig(
             theta=self.number("rope_theta", source=params),
             kind=rule,

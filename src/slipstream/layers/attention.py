@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from slipstream.batch import Batch
 from slipstream.cache.storage import Storage
-from slipstream.config import ModelConfig, RopeConfig
+from slipstream.config import ModelConfig
 from slipstream.layers.linear import Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
 
-Angles = dict[RopeConfig | None, tuple[Tensor, Tensor]]
+Angles = list[tuple[Tensor, Tensor]]  # cos and sin for each of ModelConfig.ropes
 
 
 class Attention(nn.Module):
@@ -42,7 +42,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.ops, self.index = ops, index
-        self.rope = config.layers[index].rope
+        rope = config.layers[index].rope
+        self.rope = None if rope is None else config.ropes.index(rope)
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale, self.softcap = config.attention_scale, config.attn_logit_softcapping
         width = (self.heads + 2 * self.kv_heads) * self.head_dim

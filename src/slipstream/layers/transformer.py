@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from slipstream.batch import Batch
 from slipstream.cache.storage import Storage
-from slipstream.config import ModelConfig, RopeConfig
+from slipstream.config import ModelConfig
 from slipstream.layers.attention import Angles, Attention
 from slipstream.layers.linear import Embedding, Linear
 from slipstream.layers.norm import Norm
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_layers))
         self.norm = Norm(ops, config.hidden_size, config.rms_norm_eps, plus_one=plus_one)
         self.head = Linear(ops, config.hidden_size, config.vocab_size)
-        self._frequencies: dict[RopeConfig, tuple[Tensor, float]] = {}
+        self._frequencies = [inverse_frequencies(rope) for rope in config.ropes]
 
     def forward(self, batch: Batch, cache: Storage) -> Tensor:
         """Logits of `batch.logits_rows`, (rows, vocab) float32."""
@@ -85,10 +85,5 @@ class Transformer(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _angles(self, positions: Tensor) -> Angles:
-        found: Angles = {}
-        for rope in {layer.rope for layer in self.config.layers} - {None}:
-            if rope not in self._frequencies:
-                freq, factor = inverse_frequencies(rope)
-                self._frequencies[rope] = (freq.to(positions.device), factor)
-            found[rope] = angles(positions, *self._frequencies[rope], self.dtype)
-        return found
+        device = positions.device
+        return [angles(positions, freq.to(device), factor, self.dtype) for freq, factor in self._frequencies]

@@ -1,4 +1,4 @@
-"""The architectures. One short file each (or a family): `build(ops, config)`, the table `WEIGHTS` and `cache_spec(config)`.
+"""The architectures. A short file each (or a family): `build(ops, config)`, the table `WEIGHTS`, `cache_spec(config)`.
 
 A file may also have `rename(name)`, for checkpoints that hold more than the language model.
 """
@@ -34,5 +34,6 @@ def architecture(model_type: str) -> ModuleType:
         CheckpointError: it is not one of the known ones, which the message lists.
     """
     if model_type not in ARCHITECTURES:
-        raise CheckpointError(f"architecture {model_type!r} is not supported; known are {', '.join(sorted(ARCHITECTURES))}")
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise CheckpointError(f"architecture {model_type!r} is not supported; known are {known}")
     return import_module(f"slipstream.models.{ARCHITECTURES[model_type]}")

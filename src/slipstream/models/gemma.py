@@ -1,6 +1,6 @@
 """Gemma 2 and 3: four norms a layer (stored as weight - 1), scaled embeddings, windows on most layers.
 
-Gemma 2 soft-caps scores and logits; Gemma 3 normalises queries and keys and rotates sliding layers by a base of their own.
+Gemma 2 soft-caps scores and logits; Gemma 3 normalises queries and keys, and its sliding layers rotate in another way.
 Of a Gemma 3 that also sees images, the text part is taken.
 """
 
@@ -33,7 +33,7 @@ cache_spec = group_layers
 def rename(name: str) -> str | None:
     """A tensor of a Gemma 3 with vision, as the text model alone would call it; None belongs to the vision part."""
     name = name.removeprefix("model.") if name.startswith("model.language_model.") else name
-    if name.startswith(("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")):
+    if name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector.")):
         return None
     if name.startswith("language_model."):
         name = name.removeprefix("language_model.")
@@ -47,8 +47,15 @@ def build(ops: Ops, config: ModelConfig) -> Transformer:
 
     def layer(i: int) -> Layer:
         bias = config.attention_bias
-        qk_norm = "head" if config.model_type == "gemma3_text" else None
-        attention = Attention(ops, config, i, qk_norm=qk_norm, plus_one=True, qkv_bias=bias, out_bias=bias)
+        attention = Attention(
+            ops,
+            config,
+            i,
+            qk_norm="head" if config.model_type == "gemma3_text" else None,
+            plus_one=True,
+            qkv_bias=bias,
+            out_bias=bias,
+        )
         return Layer(
             attention,
             MLP(ops, config),

@@ -26,8 +26,8 @@ NORMS = (
     Weight("layers.{layer}.before_mlp.weight", ("model.layers.{layer}.post_attention_layernorm.weight",)),
 )
 PROJECTIONS = (
-    Weight("layers.{layer}.attention.qkv.weight", (_A + "q_proj.weight", _A + "k_proj.weight", _A + "v_proj.weight"), "heads"),
-    Weight("layers.{layer}.attention.qkv.bias", (_A + "q_proj.bias", _A + "k_proj.bias", _A + "v_proj.bias"), "heads"),
+    Weight("layers.{layer}.attention.qkv.weight", tuple(f"{_A}{p}_proj.weight" for p in "qkv"), "heads"),
+    Weight("layers.{layer}.attention.qkv.bias", tuple(f"{_A}{p}_proj.bias" for p in "qkv"), "heads"),
     Weight("layers.{layer}.attention.out.weight", (_A + "o_proj.weight",), "row"),
     Weight("layers.{layer}.attention.out.bias", (_A + "o_proj.bias",)),
 )

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with a mixture of experts, which the Hub stores one matrix at a time as w1 (gate), w3 (up), w2 (down)."""
+"""Mixtral: Mistral with a mixture of experts, which the Hub stores matrix by matrix: w1 (gate), w3 (up), w2 (down)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gated activation: activation(gate_up, kind, limit) -> (..., intermediate); gate_up (..., 2 * intermediate), gate first.
+"""Gated activation: activation(gate_up, kind, limit) -> (..., inner); gate_up (..., 2 * inner), gate first.
 
 Kinds: silu, gelu, gelu_tanh: act(gate) * up. swiglu_clamped is gpt-oss's: gate and up clamped at `limit`,
 gate * sigmoid(1.702 * gate) * (up + 1).

@@ -1,0 +1,153 @@
+"""From headers to a filled model: what fits, what is refused and how, and the same model from every format."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slipstream.checkpoint.load import load
+from slipstream.checkpoint.open import open_checkpoint
+from slipstream.config import EngineConfig
+from slipstream.errors import CheckpointError
+from slipstream.plan import Plan, make_plan
+from tests.checkpoint.test_gguf_names import MODELS, build, to_gguf
+from tests.parity.tiny import save
+
+ASKED = EngineConfig(dtype="float32", kv_cache_memory_bytes=1 << 22, max_model_len=32, quantization="none")
+Spoil = Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
+
+
+def plan_of(path: Path) -> Plan:
+    return make_plan(ASKED, open_checkpoint(path))
+
+
+def filled(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the loaded model, also those that an op has laid out."""
+    plan = plan_of(path)
+    load(plan.model, plan.loads, open_checkpoint(path), plan.device)
+    found = dict(plan.model.named_parameters())
+    for name, module in plan.model.named_modules():
+        packed = getattr(module, "packed", None) or (getattr(module, "weight", None),)
+        found |= {f"{name}.{i}": t for i, t in enumerate(packed) if isinstance(t, torch.Tensor)}
+    return found
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> Callable[[str, Spoil], Path]:
+    def make(name: str, spoil: Spoil) -> Path:
+        save(name, tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        config = json.loads((tmp_path / "config.json").read_text())
+        spoil(tensors, config)
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if "27b" not in n and "longrope" not in n])
+def test_gguf_makes_the_same_model_as_safetensors(name: str, tmp_path: Path) -> None:
+    arch, config = build(name, tmp_path / "hf")
+    path = to_gguf(arch, config, open_checkpoint(tmp_path / "hf"), tmp_path / "m.gguf", lambda w: None)
+    want, got = filled(tmp_path / "hf"), filled(path)
+    assert got.keys() == want.keys() and len(got) > 10
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t, c: t.pop("model.layers.1.mlp.up_proj.weight"), ["missing 1", "layers.1.mlp.up_proj.weight"]),
+        (lambda t, c: t.pop("lm_head.weight"), ["missing 1", "lm_head.weight"]),
+        (
+            lambda t, c: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(96)}),
+            ["left over 1", "q_proj.bias"],
+        ),
+        (lambda t, c: c.update(attention_bias=True), ["missing", "q_proj.bias"]),
+        (lambda t, c: c.update(intermediate_size=45), ["up_proj.weight", "[90, 60]"]),
+        (lambda t, c: c.update(num_attention_heads=4), ["q_proj.weight", "[96, 60]"]),
+        (lambda t, c: t.update({"model.norm.weight": torch.ones(61)}), ["model.norm.weight", "[61]", "[60]"]),
+        (lambda t, c: t.update({"model.norm.weight": torch.ones(60, dtype=torch.int8)}), ["model.norm.weight", "I8"]),
+        (lambda t, c: c.update(num_hidden_layers=2), ["says 2 layers", "of 3"]),
+        (lambda t, c: c.update(num_hidden_layers=4), ["says 4 layers", "of 3"]),
+        (lambda t, c: c.update(model_type="qwen3"), ["missing 6", "q_norm.weight"]),
+        (lambda t, c: c.update(model_type="olmo2"), ["left over 3", "input_layernorm"]),
+        (lambda t, c: c.update(quantization_config={"quant_method": "gptq"}), ["'gptq'", "not supported"]),
+    ],
+)
+def test_what_does_not_fit_is_named(spoiled: Callable[[str, Spoil], Path], spoil: Spoil, says: list[str]) -> None:
+    path = spoiled("llama", spoil)
+    with pytest.raises(CheckpointError) as e:
+        plan_of(path)
+    assert all(part in str(e.value) for part in [*says, str(path)]), str(e.value)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t, c: c.update(quantization_config={"quant_method": "mxfp4"}),
+        lambda t, c: t.update({"model.layers.0.mlp.experts.down_proj_blocks": torch.zeros(5, 2, dtype=torch.uint8)}),
+        lambda t, c: t.update({"model.layers.0.mlp.experts.gate_up_proj_scales": torch.zeros(5, 2, dtype=torch.uint8)}),
+    ],
+)
+def test_mxfp4_is_refused_and_not_widened(spoiled: Callable[[str, Spoil], Path], spoil: Spoil) -> None:
+    with pytest.raises(CheckpointError, match="MXFP4, which is not supported yet"):
+        plan_of(spoiled("gpt_oss", spoil))
+
+
+def test_a_tied_head_may_lie_in_the_file_but_must_be_the_embedding(spoiled: Callable[[str, Spoil], Path]) -> None:
+    def repeat(t: dict[str, torch.Tensor], c: dict[str, Any]) -> None:
+        assert "lm_head.weight" not in t
+        t["lm_head.weight"] = t["model.embed_tokens.weight"].clone()
+
+    def differ(t: dict[str, torch.Tensor], c: dict[str, Any]) -> None:
+        repeat(t, c)
+        t["lm_head.weight"][3, 5] += 1e-3
+
+    path = spoiled("llama-biases-tied", repeat)
+    model = filled(path)
+    assert model["head.0"].data_ptr() == model["embed.0"].data_ptr()
+    path = spoiled("llama-biases-tied", differ)
+    with pytest.raises(CheckpointError, match="ties the head to the embedding, but lm_head.weight differs"):
+        filled(path)
+
+
+def test_only_the_vision_part_of_a_model_that_sees_is_left_out(spoiled: Callable[[str, Spoil], Path]) -> None:
+    assert plan_of(spoiled("gemma3-vision", lambda t, c: None)).loads
+    path = spoiled("gemma3-vision", lambda t, c: t.update({"audio_tower.weight": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"left over 1 \(audio_tower.weight\)"):
+        plan_of(path)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])
+def test_the_text_part_under_every_prefix(spoiled: Callable[[str, Spoil], Path], prefix: str) -> None:
+    def rename(t: dict[str, torch.Tensor], c: dict[str, Any]) -> None:
+        for name in list(t):
+            t[name.replace("language_model.model.", prefix).replace("vision_tower.", "model.vision_tower.")] = t.pop(
+                name
+            )
+
+    got, want = filled(spoiled("gemma3-vision", rename)), filled(spoiled("gemma3-vision", lambda t, c: None))
+    assert all(torch.equal(got[k], want[k]) for k in want) and got.keys() == want.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("llama", {"num_hidden_layers": 4096}), ("mixtral", {"num_local_experts": 65536})]
+)
+def test_a_config_of_absurd_size_is_refused_at_once(
+    spoiled: Callable[[str, Spoil], Path], name: str, change: dict[str, int]
+) -> None:
+    path = spoiled(name, lambda t, c: c.update(change))
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError):
+        plan_of(path)
+    assert time.perf_counter() - start < 2
