@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,11 @@ def test_every_sampling_option_reaches_the_sampler(
     )  # fmt: skip
     for f in dataclasses.fields(SamplingParams):  # a new field must be given here, and so have an option
         assert getattr(given, f.name) != getattr(SamplingParams(), f.name), f.name
-    words = """--n 2 --temperature 0.7 --top-k 20 --top-p 0.9 --min-p 0.01 --typical-p 0.95 --repetition-penalty 1.1
+    words = shlex.split("""--n 2 --temperature 0.7 --top-k 20 --top-p 0.9 --min-p 0.01 --typical-p 0.95
+        --repetition-penalty 1.1
         --presence-penalty 0.2 --frequency-penalty 0.3 --logit-bias 50=-1.5 --logit-bias 60=-inf --seed 7
         --min-new-tokens 1 --max-new-tokens 9 --stop zq --stop-token-id 5 --stop-token-id 6
-        --include-stop-str-in-output --ignore-eos --logprobs 1 --prompt-logprobs 0 --no-skip-special-tokens""".split()
+        --include-stop-str-in-output --ignore-eos --logprobs 1 --prompt-logprobs 0 --no-skip-special-tokens""")
     assert slipstream("generate", model, "Tide", *words, "--stop", "\n").code == 0
     assert seen == [given]
 
@@ -90,9 +92,9 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
     for f in dataclasses.fields(EngineConfig):
         if f.name != "seed":  # --seed is the request's
             assert getattr(given, f.name) != getattr(EngineConfig(), f.name), f.name
-    words = """--device cpu --dtype float32 --quantization none --max-model-len 64 --max-num-seqs 3
+    words = shlex.split("""--device cpu --dtype float32 --quantization none --max-model-len 64 --max-num-seqs 3
         --max-num-batched-tokens 32 --kv-cache-memory-bytes 3MiB --gpu-memory-utilization 0.4 --page-size 8
-        --attn-implementation sdpa --linear-implementation torch --num-threads 1""".split()
+        --attn-implementation sdpa --linear-implementation torch --num-threads 1""")
     for command in (["generate", model, "x"], ["chat", model], ["explain", model]):
         with pytest.raises(ZeroDivisionError):  # a bug of ours is not dressed up as a mistake of the user
             slipstream(*command, *words)
@@ -132,7 +134,7 @@ def test_several_answers_stand_under_headers(slipstream: Run, model: str) -> Non
 
 def test_logprobs_are_printed_after_the_answer(slipstream: Run, model: str) -> None:
     ran = slipstream("generate", model, "ab", *GREEDY, "--logprobs", 3, "--prompt-logprobs", 1)
-    head, prompt, answer = ran.out.split("\n\n")
+    _, prompt, answer = ran.out.split("\n\n")
     assert len(prompt.splitlines()) == 2 + 3 and "of the prompt" in prompt
     assert len(answer.splitlines()) == 2 + 12
     assert [line.split()[3] for line in answer.splitlines()[2:]] == ["1"] * 12  # greedy takes the first rank
@@ -155,7 +157,7 @@ def test_no_limit_but_the_models_own(slipstream: Run, model: str) -> None:
     assert len(got["outputs"][0]["token_ids"]) == 40 - 2
 
 
-def test_greedy_puts_the_checkpoints_typical_p_aside(
+def test_greedy_puts_a_recommended_typical_p_aside(
     slipstream: Run, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slipstream.llm._default_params", lambda _: SamplingParams(typical_p=0.9, top_p=0.8))
