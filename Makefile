@@ -30,7 +30,7 @@ torch := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 
 demo: $(VENV)/.core
 	$(bin)/slipstream pull $(MODEL)
-	$(bin)/slipstream generate $(MODEL) "$(PROMPT)" --max-new-tokens 128 --temperature 0
+	$(bin)/slipstream generate $(MODEL) "$(PROMPT)" --chat --max-new-tokens 128 --temperature 0
 
 # One thread a process, and one process a core: tiny tensors gain nothing from threads.
 test: $(VENV)/.test
