@@ -12,6 +12,8 @@ import typer
 import slipstream as package
 from slipstream.cli import show
 from slipstream.cli.main import build
+from slipstream.cli.stream import print_stream
+from slipstream.conversation import ChatDelta
 from tests.cli.conftest import Run
 from tests.cli.test_chat import ENVIRONMENT, PROGRAM, Terminal
 
@@ -70,6 +72,36 @@ def test_a_terminal_gets_tables(model: str) -> None:
         assert "llama" in out and terminal.wait() == 0
     finally:
         terminal.close()
+
+
+DELTAS = (
+    ChatDelta("reasoning", "Let me\x1b[2J"),
+    ChatDelta("reasoning", " see."),
+    ChatDelta("answer", "One"),
+    ChatDelta("answer", " two."),
+    ChatDelta("tool_call", "", name="weather"),
+    ChatDelta("tool_call", "{}", name="weather"),
+    ChatDelta("tool_call", "[]", name="time", call=1),
+)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "expected"),
+    [
+        (True, False, "~[thinks] ^~Let me�[2J^~ see.^\n\nOne two.\n\n~[calls weather] ^~{}^\n\n~[calls time] ^~[]^\n"),
+        (True, True, "[thinks] Let me�[2J see.\n\nOne two.\n\n[calls weather] {}\n\n[calls time] []\n"),
+        (False, False, "One two.\n\n[calls weather] {}\n\n[calls time] []\n"),
+    ],
+)
+def test_reasoning_is_set_back_on_a_terminal_and_kept_out_of_pipes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool, no_color: bool, expected: str
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    print_stream(DELTAS)
+    assert capsys.readouterr().out == expected.replace("~", "\x1b[2m").replace("^", "\x1b[0m")
 
 
 def test_json_has_no_numbers_that_json_has_not(slipstream: Run, capsys: pytest.CaptureFixture[str]) -> None:

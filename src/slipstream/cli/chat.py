@@ -39,7 +39,8 @@ def chat(
     """Talk with a model.
 
     Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation, /help says so. In a pipe, each line
-    is a turn. With --json, each answer is one line of JSON.
+    is a turn. What gpt-oss thinks is shown on a terminal, before the answer. With --json, each answer is one line of
+    JSON, with the reasoning.
     """
     changes = {"max_new_tokens": None} | sampling.changes()
 

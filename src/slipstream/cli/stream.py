@@ -1,4 +1,4 @@
-"""An answer on its way to standard output: as it is written, reasoning and tool calls set back."""
+"""An answer on its way to standard output, as it is written. A terminal shows reasoning too, set back."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ if TYPE_CHECKING:
 
 
 def print_stream(stream: Iterable[ChatDelta | Delta]) -> None:
-    """Print each piece at once, and end with a line's end. Interrupted, the line ends all the same."""
+    """Print each piece at once, and end with a line's end. Interrupted, the line ends all the same.
+
+    Reasoning goes to a terminal only: whoever reads a pipe wants the answer, and could not tell the two apart.
+    """
     out, terminal = sys.stdout, sys.stdout.isatty()
     part: object = None
     try:
         for delta in stream:
             kind = getattr(delta, "kind", "answer")
             text = safe(delta.text) if terminal else delta.text
-            if not text and kind != "tool_call":
+            if (not text and kind != "tool_call") or (kind == "reasoning" and not terminal):
                 continue
             here = (kind, getattr(delta, "call", 0))
             if part is not None and here != part:
                 out.write("\n\n")
-            if kind == "tool_call" and here != part:
-                out.write(dim(f"[calls {getattr(delta, 'name', None)}] "))
+            if kind != "answer" and here != part:
+                out.write(dim("[thinks] " if kind == "reasoning" else f"[calls {getattr(delta, 'name', None)}] "))
             part = here
             out.write(text if kind == "answer" else dim(text))
             out.flush()
