@@ -178,7 +178,9 @@ def main() -> None:
     nll = {name: rows[0]["nll"] for name, rows in runs.items()}
     for name in ("q", "bf16"):
         if abs(nll[name] - nll["transformers"]) > 0.05:
-            raise SystemExit(f"{name}: mean negative log-likelihood {nll[name]:.4f}, transformers' {nll['transformers']:.4f}")
+            raise SystemExit(
+                f"{name}: mean negative log-likelihood {nll[name]:.4f}, transformers' {nll['transformers']:.4f}"
+            )
 
     def median(name: str, what: str) -> float:
         return statistics.median(r[what] for r in runs[name])

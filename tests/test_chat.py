@@ -1,4 +1,4 @@
-# ruff: noqa: E501 (templates are kept as they are written)
+
 """Chat templates against transformers, and against templates that want our time and memory."""
 
 from __future__ import annotations

@@ -20,17 +20,18 @@ SRC = ROOT / "src" / "slipstream"
 ORDER = (
     "errors", "ahead", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint", "quantization",
     "tokenizer_gguf", "tokenizer", "sandbox", "chat", "harmony", "sources",
-    "layers", "models", "scheduler", "plan", "engine", "conversation", "llm",
+    "layers", "models", "scheduler", "hardware", "plan", "engine", "conversation", "llm",
 )  # fmt: skip
 # The fronts stand below all of these. `cli` may import the others; they do not import each other.
 FRONTS = ("server", "bench", "tuning", "bridge", "cli")
 # Inside these, single files also hold to an order, as others rely on what they leave out.
 INSIDE = {
-    "cache": ("spec", "pages", "storage"),
+    "cache": ("spec", "budget", "pages", "storage"),
     "engine": ("runner", "engine"),
 }
 TORCH_FREE = (
     "slipstream", "slipstream.errors", "slipstream.request", "slipstream.config", "slipstream.cache.spec",
+    "slipstream.cache.budget",
     "slipstream.cache.pages", "slipstream.scheduler", "slipstream.tokenizer", "slipstream.chat", "slipstream.harmony",
     "slipstream.sources", "slipstream.checkpoint.safetensors", "slipstream.checkpoint.gguf",
     "slipstream.checkpoint.open", "slipstream.ops.choose",

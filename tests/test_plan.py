@@ -146,7 +146,7 @@ def test_more_than_the_models_positions(hybrid: Path) -> None:
 
 
 def test_a_model_larger_than_the_memory(hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slipstream.plan._available_memory", lambda: 1000)
+    monkeypatch.setattr("slipstream.hardware._available_memory", lambda: 1000)
     with pytest.raises(CapacityError, match="does not fit"):
         plan(hybrid)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import sys
@@ -22,7 +23,5 @@ def read_torch() -> None:
 
 
 def _open(library: str) -> None:
-    try:
+    with contextlib.suppress(OSError):  # `import torch` will say what is wrong with it
         ctypes.CDLL(library)
-    except OSError:  # `import torch` will say what is wrong with it
-        pass

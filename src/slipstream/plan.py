@@ -9,33 +9,23 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from slipstream.cache.budget import divide_pages
 from slipstream.cache.spec import CacheGroup
 from slipstream.checkpoint.load import Load, dry_run, refuse
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.config import EngineConfig, ModelConfig
-from slipstream.errors import CapacityError, ConfigError, KernelError
+from slipstream.errors import KernelError
+from slipstream.hardware import Hardware, find_hardware
 from slipstream.layers.ops import Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, linear, moe, norm, rope, sampling, store_kv
 from slipstream.ops.choose import Case, Choice, choose
-
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """The device and the bytes free on it."""
-
-    device: str
-    name: str
-    free_bytes: int
-    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +114,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     rename = getattr(home, "rename", str)
     refuse(checkpoint, config.quantization, config.num_layers, rename)
     why: dict[str, str] = {}
-    hardware = _hardware(asked, why)
+    hardware = find_hardware(asked, why)
     dtype = _dtype(asked, config, checkpoint, hardware, why)
     choices, ops_table = _choose(asked, config, hardware, dtype)
     model = home.build(ops_table, config)
@@ -136,7 +126,16 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     weights = sum(held)
     batched = asked.max_num_batched_tokens
     workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
-    max_len, num_pages = _pages(asked, config, groups, dtype, hardware, weights, workspace, why)
+    max_len, num_pages = divide_pages(
+        asked,
+        groups,
+        longest=config.max_position_embeddings,
+        dtype_bytes=dtype.itemsize,
+        free_bytes=hardware.free_bytes,
+        gpu=hardware.device.startswith("cuda"),
+        other_bytes=weights + workspace,
+        why=why,
+    )
     kv = sum(n * asked.page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, num_pages, strict=True))
     return Plan(
         asked=asked,
@@ -162,53 +161,9 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     )
 
 
-def _hardware(asked: EngineConfig, why: dict[str, str]) -> Hardware:
-    device = asked.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        why["device"] = "CUDA is available" if device == "cuda" else "no CUDA device is available"
-    else:
-        why["device"] = "asked for"
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device: {device} was asked for, but torch sees no CUDA device; use device='cpu'")
-        index = torch.device(device).index or 0
-        if index >= torch.cuda.device_count():
-            raise ConfigError(f"device: there is no {device}; torch sees {torch.cuda.device_count()} CUDA devices")
-        free, _ = torch.cuda.mem_get_info(index)
-        return Hardware(device, torch.cuda.get_device_name(index), free, torch.cuda.get_device_capability(index))
-    if device.startswith("mps") and not torch.backends.mps.is_available():
-        raise ConfigError("device: mps was asked for, but torch sees no Apple GPU; use device='cpu'")
-    return Hardware(device, _cpu_name(), _available_memory())
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    except OSError:
-        pass
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _available_memory() -> int:
-    """Bytes that can be taken without swapping: what the system says is available, within a cgroup's limit."""
-    try:
-        with open("/proc/meminfo") as f:
-            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            text = limit.read().strip()
-            return free if text == "max" else max(0, min(free, int(text) - int(used.read())))
-    except (OSError, ValueError):
-        return free
-
-
-def _dtype(asked: EngineConfig, config: ModelConfig, checkpoint: Checkpoint, hardware: Hardware, why: dict[str, str]) -> torch.dtype:
+def _dtype(
+    asked: EngineConfig, config: ModelConfig, checkpoint: Checkpoint, hardware: Hardware, why: dict[str, str]
+) -> torch.dtype:
     if asked.dtype != "auto":
         why["dtype"] = "asked for"
         return getattr(torch, asked.dtype)
@@ -224,7 +179,9 @@ def _case(hardware: Hardware, dtype: torch.dtype, **facts: Any) -> Case:
     return Case(hardware.device.split(":")[0], dtype_name(dtype), hardware.capability, facts)
 
 
-def _choose(asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype) -> tuple[list[Choice], Ops]:
+def _choose(
+    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype
+) -> tuple[list[Choice], Ops]:
     case = _case(hardware, dtype)
     sinks = config.model_type == "gpt_oss"
     attend = _case(hardware, dtype, softcap=config.attn_logit_softcapping, sinks=sinks, head_dim=config.head_dim)
@@ -254,7 +211,9 @@ def _choose(asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype:
     return list(chosen.values()), table
 
 
-def _linear(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool) -> Choice:
+def _linear(
+    asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool
+) -> Choice:
     case = _case(hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
     force = asked.linear_implementation if format == "dense" else None
     return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
@@ -290,7 +249,11 @@ def _loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, mod
         if item.widened:
             name = dtype_name(ops_table.dtype)
             experts = "experts are multiplied as floats"
-            reason = experts if len(item.shape) == 3 else refused.get(item.arrived, "parts of one matrix arrive in different formats")
+            reason = (
+                experts
+                if len(item.shape) == 3
+                else refused.get(item.arrived, "parts of one matrix arrive in different formats")
+            )
             why.setdefault(f"{item.arrived} widened to {name}", reason)
     return loads
 
@@ -300,7 +263,9 @@ def _tie(item: Load, embedding: Load) -> Load:
     return replace(item, format=embedding.format) if item.shared else item
 
 
-def _linear_choices(asked: EngineConfig, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype) -> list[Choice]:
+def _linear_choices(
+    asked: EngineConfig, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
+) -> list[Choice]:
     found: dict[tuple[str, str], Choice] = {}
     for item in loads:
         if item.to.endswith(".weight") and len(item.shape) == 2 and item.to != "embed.weight":
@@ -322,82 +287,9 @@ def _held_bytes(item: Load, ops_table: Ops) -> int:
     return sum(s.nbytes for s in item.sources)
 
 
-def _size(count: int | float) -> str:
-    """Bytes for a message, in the unit that shows a few digits."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{int(count)} bytes"
-
-
 def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
     """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
     inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
     heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
     layer = tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
     return layer + 3 * min(sequences, tokens) * config.vocab_size * 4
-
-
-def _pages(asked: EngineConfig, config: ModelConfig, groups: tuple[CacheGroup, ...], dtype: torch.dtype, hardware: Hardware,
-           weights: int, workspace: int, why: dict[str, str]) -> tuple[int, tuple[int, ...]]:  # fmt: skip
-    """max_model_len and the pages of each group, from the bytes that are left for keys and values."""
-    size, chunk = asked.page_size, asked.max_num_batched_tokens
-    page_bytes = [g.bytes_per_token(dtype.itemsize) * size for g in groups]
-    # On a CPU other programs live beside us: half of what is free. A GPU is usually ours.
-    share = asked.gpu_memory_utilization if hardware.device.startswith("cuda") else min(asked.gpu_memory_utilization, 0.5)
-    budget = asked.kv_cache_memory_bytes
-    why["kv_cache"] = "asked for" if budget is not None else f"at most {share:.0%} of what is free, less weights and workspace"
-    if budget is None:
-        budget = int(hardware.free_bytes * share) - weights - workspace
-        if budget <= 0:
-            raise CapacityError(
-                f"the model does not fit: weights take {_size(weights)} and workspace {_size(workspace)} of the "
-                f"{_size(hardware.free_bytes * share)} that may be used ({share:.0%} of {_size(hardware.free_bytes)} free), "
-                "which leaves nothing for keys and values; free memory, or take a smaller or quantized model"
-            )
-
-    def need(length: int) -> list[int]:  # pages of one sequence
-        return [g.max_pages(length, chunk, size) for g in groups]
-
-    def cost(pages: list[int]) -> int:
-        return sum(n * b for n, b in zip(pages, page_bytes, strict=True))
-
-    longest = asked.max_model_len or config.max_position_embeddings
-    why["max_model_len"] = "asked for" if asked.max_model_len else "max_position_embeddings of the checkpoint"
-    if asked.max_model_len and asked.max_model_len > config.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len: {asked.max_model_len} is more than the {config.max_position_embeddings} positions that the model "
-            "was made for; ask for at most that"
-        )
-    if asked.kv_cache_memory_bytes is None and not hardware.device.startswith("cuda") and budget > CPU_KV_BYTES:
-        budget = min(budget, max(CPU_KV_BYTES, cost(need(longest))))
-        why["kv_cache"] = f"{_size(CPU_KV_BYTES)} on a CPU unless one request needs more; kv_cache_memory_bytes sets it"
-    if cost(need(longest)) > budget:
-        if asked.max_model_len is not None:
-            raise CapacityError(
-                f"one request of max_model_len={longest} tokens needs {_size(cost(need(longest)))} for keys and values, "
-                f"but {_size(budget)} are left for them; lower max_model_len or raise kv_cache_memory_bytes"
-            )
-        low, high = 0, longest
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if cost(need(middle)) <= budget else (low, middle - 1)
-        if low < 2:
-            raise CapacityError(f"{budget} bytes for keys and values hold no two tokens; raise kv_cache_memory_bytes")
-        why["max_model_len"] = f"{low} tokens are what {_size(budget)} of keys and values hold, not the model's {longest}"
-        longest = low
-    one = need(longest)
-    # A step computes at most `chunk` tokens over all sequences, so beside its window only one chunk is held in all.
-    most = [
-        asked.max_num_seqs * (n if g.window is None else g.max_pages(longest, 1, size)) + (0 if g.window is None else n)
-        for g, n in zip(groups, one, strict=True)
-    ]
-    low, high = 0, 1 << 20  # the largest part of `most` that fits, one request being the least
-    def part(k: int) -> list[int]:
-        return [max(a, m * k >> 20) for a, m in zip(one, most, strict=True)]
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if cost(part(middle)) <= budget else (low, middle - 1)
-    return longest, tuple(part(low))
-
-

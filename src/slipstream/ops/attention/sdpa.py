@@ -56,12 +56,16 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, group: GroupBatch, scale: f
     return out.reshape(sequences, heads, head_dim)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, sinks: Tensor | None) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, sinks: Tensor | None
+) -> Tensor:
     if sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     if mask is not None:  # this operator wants the mask as numbers
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
     # A sink is one more score without a value: it takes 1 - sigmoid(lse - sink) of the weight.
     share = torch.sigmoid(lse.view(q.shape[:3]) - (sinks if sinks.dim() == 2 else sinks[:, None]).float())
     return out * share[..., None].to(out.dtype)

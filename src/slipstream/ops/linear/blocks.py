@@ -46,7 +46,18 @@ class Blocks:
             x = x.contiguous()
             half = x.dtype == torch.bfloat16
             scratch = torch.empty(tokens * (width + width // 32))
-            self._linear(kind, weight.data_ptr(), x.data_ptr(), out.data_ptr(), scratch.data_ptr(), tokens, rows, width, half, self._threads)
+            self._linear(
+                kind,
+                weight.data_ptr(),
+                x.data_ptr(),
+                out.data_ptr(),
+                scratch.data_ptr(),
+                tokens,
+                rows,
+                width,
+                half,
+                self._threads,
+            )
         else:
             step = max(1, SLICE // width)
             if step >= rows:
@@ -55,7 +66,11 @@ class Blocks:
                 out[:, at : at + step] = F.linear(x, self.unpack(weight[at : at + step], kind, width, x.dtype))
         return out if bias is None else out.add_(bias)
 
-    def unpack(self, blocks: Tensor, kind: int, width: int, dtype: torch.dtype) -> Tensor:  # (rows, bytes) -> (rows, width)
+    def unpack(
+        self, blocks: Tensor, kind: int, width: int, dtype: torch.dtype
+    ) -> Tensor:  # (rows, bytes) -> (rows, width)
         out = torch.empty(blocks.shape[0], width, dtype=dtype)
-        self._unpack(kind, blocks.data_ptr(), out.data_ptr(), blocks.shape[0], width, dtype == torch.bfloat16, self._threads)
+        self._unpack(
+            kind, blocks.data_ptr(), out.data_ptr(), blocks.shape[0], width, dtype == torch.bfloat16, self._threads
+        )
         return out

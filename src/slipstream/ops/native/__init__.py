@@ -42,7 +42,10 @@ def build(name: str) -> ctypes.CDLL | str:
 
 
 def _folder() -> Path:
-    base = os.environ.get("SLIPSTREAM_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
+    base = (
+        os.environ.get("SLIPSTREAM_HOME")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
+    )
     return Path(base) / "native"
 
 
