@@ -13,7 +13,11 @@ from tests.parity.test_architectures import all_logits
 from tests.parity.tiny import NEW_TOKENS, TINY, Tiny, make
 
 pytestmark = pytest.mark.gpu
-NO_CUDA_ATTENTION = ("gpt_oss", "gpt_oss-uneven", "gemma2")  # sinks, soft-capping: only the reference has them, until the Triton kernels
+NO_CUDA_ATTENTION = (
+    "gpt_oss",
+    "gpt_oss-uneven",
+    "gemma2",
+)  # sinks, soft-capping: only the reference has them, until the Triton kernels
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -23,7 +27,13 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(params=[{}, {"page_size": 3, "max_num_batched_tokens": 7}], ids=["whole", "chunked"])
 def options(request: pytest.FixtureRequest, tiny: Tiny) -> dict[str, Any]:
-    found = {"device": "cuda", "dtype": "float32", "kv_cache_memory_bytes": 8 << 20, "max_model_len": 128, **request.param}
+    found = {
+        "device": "cuda",
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 8 << 20,
+        "max_model_len": 128,
+        **request.param,
+    }
     if tiny.folder.name in NO_CUDA_ATTENTION:
         with pytest.raises(KernelError, match="never taken on CUDA"):
             LLM(tiny.folder, **found)
