@@ -265,7 +265,7 @@ def test_harmony_cut_short_keeps_the_reasoning(gpt_oss: LLM, says: Script) -> No
     says(THOUGHT)
     output = gpt_oss.chat(HELLO, SamplingParams(max_new_tokens=20))
     assert output.outputs[0].finish_reason == "length" and output.text == ""
-    assert output.reasoning == "Let me se"
+    assert output.reasoning == "Let me see"
 
 
 @pytest.mark.parametrize(
