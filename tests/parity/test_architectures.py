@@ -54,6 +54,13 @@ def test_greedy(llm: LLM, tiny: Tiny) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
+def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tiny: Tiny) -> None:
+    llm = LLM(tiny.folder, dtype="bfloat16", kv_cache_memory_bytes=8 << 20, max_model_len=128)
+    exact = torch.cat(tiny.logits)
+    mine, theirs = (((torch.cat(x) - exact).norm() / exact.norm()) for x in (all_logits(llm, tiny.prompts), tiny.rough))
+    assert mine < 1.1 * theirs + 0.002
+
+
 @torch.inference_mode()
 def all_logits(llm: LLM, prompts: list[list[int]]) -> list[torch.Tensor]:
     """The logits of every position of every prompt, prompts side by side, a chunk of each in every batch."""

@@ -20,6 +20,7 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "bos_token_id": 3,
     "eos_token_id": 5, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
+_EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 _MOE = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 _GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": WINDOW, "tie_word_embeddings": True}
 _GEMMA3 = _GEMMA | {
@@ -99,20 +100,19 @@ class Tiny:
     prompts: list[list[int]]
     logits: list[torch.Tensor]  # of each prompt, (tokens, vocab)
     answers: list[list[int]]
+    rough: list[torch.Tensor]  # the logits in bfloat16
 
 
 @torch.no_grad()
 def make(name: str, folder: Path) -> Tiny:
     model = save(name, folder)
     prompts = [torch.randint(_SIZES["vocab_size"], (1, n)) for n in PROMPT_LENGTHS]
-    return Tiny(
-        name,
-        folder,
-        [p[0].tolist() for p in prompts],
-        [model(p).logits[0] for p in prompts],
-        # Without a mask, transformers would take a token that happens to be the padding token for padding.
-        [model.generate(p, attention_mask=torch.ones_like(p))[0, p.shape[1] :].tolist() for p in prompts],
-    )
+    logits = [model(p).logits[0] for p in prompts]
+    # Without a mask, transformers would take a token that happens to be the padding token for padding.
+    answers = [model.generate(p, attention_mask=torch.ones_like(p))[0, p.shape[1] :].tolist() for p in prompts]
+    model.bfloat16()
+    rough = [model(p).logits[0].float() for p in prompts]
+    return Tiny(name, folder, [p[0].tolist() for p in prompts], logits, answers, rough)
 
 
 @torch.no_grad()
@@ -123,10 +123,10 @@ def save(name: str, folder: Path) -> Any:
     torch.manual_seed(1000 + sorted(TINY).index(name))
     if kind == "Gemma3ForConditionalGeneration":
         config = transformers.Gemma3Config(text_config=sizes, vision_config=_VISION)
-        model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager")
+        model = transformers.Gemma3ForConditionalGeneration._from_config(config, **_EAGER)
     else:
         config = getattr(transformers, f"{'Gemma3Text' if kind == 'Gemma3' else kind}Config")(**sizes)
-        model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager")
+        model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, **_EAGER)
     model.eval().float()
     for leaf, p in model.named_parameters():
         _scatter(leaf, p)
