@@ -47,7 +47,7 @@ def dequantize_rows(rows: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.
 
     _, size, nbytes = BLOCKS[kind]
     width = rows.shape[1] // nbytes * size
-    out = torch.empty(rows.shape[0], width, dtype=dtype)
+    out = torch.empty(rows.shape[0], width, dtype=dtype, device=rows.device)
     turn = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}.get(kind)
     step = max(1, CHUNK // max(1, width))
     for at in range(0, rows.shape[0], step):
