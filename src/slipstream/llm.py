@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from slipstream.ahead import read_torch
+from slipstream.ahead import no_collection, read_torch
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import CheckpointError, RequestError
@@ -37,6 +37,13 @@ class LLM:
         self, model: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None, **options: Any
     ) -> None:
         asked = EngineConfig(**options)
+        with no_collection():
+            self._start(model, asked, progress)
+        self._ids = itertools.count()
+
+    def _start(
+        self, model: str | os.PathLike[str], asked: EngineConfig, progress: Callable[[int, int], None] | None
+    ) -> None:
         read_torch()
         from slipstream.sources import resolve
 
@@ -55,7 +62,6 @@ class LLM:
         self.default_params = _default_params(checkpoint.generation_config)
         eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)
         self.engine = Engine(self.plan, checkpoint, self.tokenizer, eos, progress)
-        self._ids = itertools.count()
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str too; the first one wins

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from slipstream.ahead import no_collection
 from slipstream.errors import CheckpointError
 
 MAX_JSON = 16 << 20  # a shard names some thousand tensors at about 150 bytes each, so real headers stay near 1 MB
@@ -76,15 +76,11 @@ def parse_object(raw: bytes, path: Path, max_colons: int = MAX_COLONS, max_marks
     def constant(name: str) -> None:
         raise CheckpointError(f"{path}: holds {name}, which is not valid JSON")
 
-    collecting = gc.isenabled()
-    gc.disable()  # a million new values hold no garbage, yet looking for some takes half of the time
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        with no_collection():
+            value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: is not valid JSON ({e}); the file is damaged, so fetch it again") from e
-    finally:
-        if collecting:
-            gc.enable()
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, but holds a {type(value).__name__}")
     return value

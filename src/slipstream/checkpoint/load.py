@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.checkpoint.rules import Weight, rows
-from slipstream.checkpoint.tensors import TensorInfo
+from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into
 from slipstream.errors import CheckpointError
 from slipstream.ops.linear import Weight as Matrix
 
@@ -192,8 +192,7 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
             )
     elif item.format == "dense":
         parameter: Tensor = getattr(owner, leaf)
-        data = item.rule.transform([_dense(checkpoint, s, parameter.dtype) for s in item.sources])
-        data = data.to(device=device, dtype=parameter.dtype)
+        data = _read(checkpoint, item, parameter.dtype).to(device=device, dtype=parameter.dtype)
     else:
         data = rows([checkpoint.read_blocks(s.name) for s in item.sources]).to(device)
     if hasattr(owner, "accept") and leaf == "weight":
@@ -201,6 +200,17 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
         owner.accept(Matrix(kept, data, (item.shape[0], item.shape[1])), shared=item.shared)
     else:
         setattr(owner, leaf, nn.Parameter(data.contiguous(), requires_grad=False))
+
+
+def _read(checkpoint: Checkpoint, item: Load, dtype: torch.dtype) -> Tensor:
+    plain = all(s.dtype in DENSE and s.row_permute is None and not s.add for s in item.sources)
+    if not plain or item.rule.transform is not rows or any(DENSE[s.dtype][1] != str(dtype)[6:] for s in item.sources):
+        return item.rule.transform([_dense(checkpoint, s, dtype) for s in item.sources])
+    data = torch.empty(item.shape, dtype=dtype)  # rows as they stand in the file: read them to where they belong
+    parts = data.view(-1).view(torch.uint8).split([s.nbytes for s in item.sources])
+    for source, part in zip(item.sources, parts, strict=True):
+        read_into(source, part)
+    return data
 
 
 def _dense(checkpoint: Checkpoint, source: TensorInfo, dtype: torch.dtype) -> Tensor:

@@ -82,6 +82,12 @@ def read_raw(info: TensorInfo) -> torch.Tensor:
     import torch
 
     out = torch.empty(info.nbytes, dtype=torch.uint8)
+    read_into(info, out)
+    return out
+
+
+def read_into(info: TensorInfo, out: torch.Tensor) -> None:
+    """The same into memory that is there: `out` is uint8 of shape (nbytes,), without gaps."""
     view = memoryview(out.numpy())  # type: ignore[arg-type]
     done = 0
     try:
@@ -93,7 +99,6 @@ def read_raw(info: TensorInfo) -> torch.Tensor:
                 done += got
     except OSError as e:
         raise CheckpointError(f"{info.file}: {info.name} cannot be read: {e}") from e
-    return out
 
 
 def read_dense(info: TensorInfo) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,7 @@ def load_llm(model: str, options: EngineOptions) -> LLM:
         path = resolve(model, progress=bar)
         from slipstream.llm import LLM
 
-        llm = LLM(path, progress=lambda done, total: bar(f"loading {model}", done, total), **engine)
-    gc.freeze()  # what is loaded stays: later collections need not look at it
-    gc.enable()
-    return llm
+        return LLM(path, progress=lambda done, total: bar(f"loading {model}", done, total), **engine)
 
 
 def usage(llm: LLM, output: RequestOutput) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A user's mistake is one line and an exit code; a traceback is only ever for a bu
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import re
@@ -16,7 +15,6 @@ import typer
 from typer.core import TyperCommand
 
 from slipstream import __version__
-from slipstream.ahead import read_torch
 from slipstream.cli.chat import chat
 from slipstream.cli.explain import explain
 from slipstream.cli.generate import generate
@@ -82,9 +80,6 @@ def run(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to die
-    gc.disable()  # nothing is garbage while we import; load_llm switches it on again
-    if {"generate", "chat", "explain"} & set(arguments or sys.argv[1:]):
-        read_torch()
     try:
         code = build()(arguments, prog_name="slipstream", standalone_mode=False)
         sys.stdout.flush()
