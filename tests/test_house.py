@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "slipstream"
 
 # A module imports only what stands before it here. docs/decisions/0001-order-of-modules.md says why it is this order.
 ORDER = (
-    "errors", "ahead", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint", "quantization",
+    "errors", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint", "quantization",
     "tokenizer_gguf", "tokenizer", "sandbox", "chat", "harmony", "sources",
     "layers", "models", "scheduler", "hardware", "plan", "engine", "conversation", "llm",
 )  # fmt: skip

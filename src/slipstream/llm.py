@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, overload
 
-from slipstream.ahead import no_collection, read_torch
-from slipstream.checkpoint.open import open_checkpoint
+from slipstream.checkpoint.files import no_collection
+from slipstream.checkpoint.open import Checkpoint, open_checkpoint
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import CheckpointError, RequestError
 from slipstream.request import Request, RequestOutput, SamplingParams, as_token_ids
@@ -44,24 +45,28 @@ class LLM:
     def _start(
         self, model: str | os.PathLike[str], asked: EngineConfig, progress: Callable[[int, int], None] | None
     ) -> None:
-        read_torch()
         from slipstream.sources import resolve
 
         checkpoint = open_checkpoint(resolve(model))
         self.model_config = ModelConfig.from_hf(checkpoint.config)
-        is_gguf = checkpoint.kind == "gguf"
-        self.tokenizer = Tokenizer.from_gguf(checkpoint.metadata) if is_gguf else Tokenizer.from_folder(checkpoint.path)
+        # Only the devices named in EngineConfig are used: packages that bring others are neither looked for nor run.
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
         import torch
 
         if asked.num_threads is not None:
             torch.set_num_threads(asked.num_threads)
+        from slipstream.checkpoint.load import load
         from slipstream.engine.engine import Engine
         from slipstream.plan import make_plan
 
         self.plan = make_plan(asked, checkpoint, self.model_config)
+        with ThreadPoolExecutor(1) as beside:  # reading weights leaves the interpreter free
+            building = beside.submit(_tokenizer, checkpoint)
+            load(self.plan.model, self.plan.loads, checkpoint, self.plan.device, progress)
+            self.tokenizer = building.result()
         self.default_params = _default_params(checkpoint.generation_config)
         eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)
-        self.engine = Engine(self.plan, checkpoint, self.tokenizer, eos, progress)
+        self.engine = Engine(self.plan, self.tokenizer, eos)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str too; the first one wins
@@ -178,6 +183,11 @@ class LLM:
         checked = as_token_ids(ids, self.model_config.vocab_size)
         stream = self.engine.submit(Request(f"req-{next(self._ids)}", checked, seen, prompt))
         return conversation.ChatStream(stream, conversation.open_parsers(self.tokenizer, params, harmony=harmony))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    gguf = checkpoint.kind == "gguf"
+    return Tokenizer.from_gguf(checkpoint.metadata) if gguf else Tokenizer.from_folder(checkpoint.path)
 
 
 def _default_params(generation: Mapping[str, Any]) -> SamplingParams:

@@ -154,7 +154,9 @@ class Tokenizer:
         backend = guard(f"{file} is not a valid tokenizer", lambda: tokenizers.Tokenizer.from_str(raw))
         backend.no_truncation()  # a limit left in the file would silently cut prompts
         backend.no_padding()
-        byte_level, strip_space = _decoder_kind(file, None if backend.decoder is None else json.loads(backend.decoder.__getstate__()))
+        byte_level, strip_space = _decoder_kind(
+            file, None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+        )
 
         config = _read_json(folder / "tokenizer_config.json")
         special = {**_special_names(_read_json(folder / "special_tokens_map.json")), **_special_names(config)}
@@ -180,7 +182,9 @@ class Tokenizer:
             config |= {"add_bos_token": bool(self._edges[0]), "add_eos_token": bool(self._edges[1])}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8"
+        )
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -322,7 +326,10 @@ def _decoder(byte_level: bool, strip_space: bool) -> dict[str, Any]:
         return {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
     steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    return {"type": "Sequence", "decoders": steps + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * strip_space}
+    return {
+        "type": "Sequence",
+        "decoders": steps + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * strip_space,
+    }
 
 
 def _decoder_kind(file: Path, decoder: Any) -> tuple[bool, bool]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slipstream.ahead import no_collection
 from slipstream.errors import CheckpointError
 
 MAX_JSON = 16 << 20  # a shard names some thousand tensors at about 150 bytes each, so real headers stay near 1 MB
@@ -18,6 +20,18 @@ MAX_TENSORS = 200_000
 MAX_COLONS_HEADER, MAX_MARKS_HEADER = 4 * MAX_TENSORS + 100_000, 13 * MAX_TENSORS
 MAX_COLONS, MAX_MARKS = MAX_TENSORS + 50_000, 2 * MAX_TENSORS + 100_000
 _BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """While a million objects are made, none of them garbage, do not look for garbage among them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def member(folder: Path, name: str) -> Path:

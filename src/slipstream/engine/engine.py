@@ -5,12 +5,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from slipstream.cache.pages import Pages
-from slipstream.checkpoint.load import load
-from slipstream.checkpoint.open import Checkpoint
 from slipstream.engine.runner import Runner, StepResult
 from slipstream.errors import RequestError
 from slipstream.plan import Plan
@@ -81,15 +79,13 @@ class Engine:
     """One model, its cache and its queue.
 
     Args:
-        plan: from `make_plan`; the model is loaded here.
+        plan: from `make_plan`, its model filled by `checkpoint.load`.
         tokenizer: turns tokens into text.
-        progress: called with (bytes read, bytes in all) while loading.
+        eos_token_ids: the model's own end tokens.
     """
 
-    def __init__(self, plan: Plan, checkpoint: Checkpoint, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...],
-                 progress: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
         self.plan, self.tokenizer, self.eos_token_ids = plan, tokenizer, eos_token_ids
-        load(plan.model, plan.loads, checkpoint, plan.device, progress)
         self.runner = Runner(plan, plan.model)
         self.scheduler = Scheduler(
             Pages(plan.groups, plan.num_pages, plan.page_size),
