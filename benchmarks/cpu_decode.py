@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -79,8 +78,10 @@ def work_ours(path: str, force: str | None) -> dict[str, Any]:
         out = llm.generate([ids], SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True))
         assert len(out[0].outputs[0].token_ids) == new
 
+    import torch
+
     choices = {c.op: c.name for c in llm.plan.choices}
-    return {"nll": nll, "choices": choices, **timed(generate)}
+    return {"nll": nll, "choices": choices, "threads": torch.get_num_threads(), **timed(generate)}
 
 
 def work_transformers(path: str) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def main() -> None:
         return statistics.median(r[what] for r in runs[name])
 
     common: dict[str, Any] = {"versions": ("torch", "transformers"), "nll": {k: round(v, 4) for k, v in nll.items()}}
-    common["threads"] = os.cpu_count()
+    common["threads"] = runs["q"][0]["threads"]
     peer = median("transformers", "decode")
     for claim, name in (("cpu.decode.q", "q"), ("cpu.decode.bf16", "bf16")):
         value = median(name, "decode")

@@ -1,4 +1,3 @@
-
 """Chat templates against transformers, and against templates that want our time and memory."""
 
 from __future__ import annotations

@@ -254,3 +254,19 @@ def test_to_dict_is_json(request: pytest.FixtureRequest, name: str) -> None:
 
 def test_a_plan_takes_no_memory(hybrid: Path) -> None:
     assert all(x.is_meta for x in plan(hybrid, max_model_len=64).model.parameters())
+
+
+def test_a_forced_linear_goes_wherever_it_can_and_is_an_error_where_it_never_can(smollm2: Path) -> None:
+    checkpoint = open_checkpoint(smollm2)
+    plan = make_plan(EngineConfig(linear_implementation="int4pack"), checkpoint)
+    assert {c.name for c in plan.choices if c.op.startswith("linear")} == {"int4pack"}
+    with pytest.raises(KernelError, match="nosuch"):
+        make_plan(EngineConfig(linear_implementation="nosuch"), checkpoint)
+    with pytest.raises(KernelError, match="'onednn' can run none of the weights"):
+        make_plan(EngineConfig(linear_implementation="onednn"), checkpoint)
+
+
+@pytest.mark.parametrize("device", ["auto:3", "cpu:x", "cuda:abc", "cuda:", "tpu", ""])
+def test_a_device_that_is_no_device(device: str) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        EngineConfig(device=device)

@@ -17,7 +17,7 @@ from slipstream.cache.spec import CacheGroup, group_layers
 from slipstream.config import ModelConfig
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import SamplingParams, Step
-from slipstream.scheduler import Scheduler, Sequence
+from slipstream.scheduler import SCORED_TOKENS, Scheduler, Sequence
 
 EOS = 1
 
@@ -506,3 +506,20 @@ def test_a_long_prompt_holds_one_chunk_beside_the_window() -> None:
         peak = max(peak, pages.held(seq.id)[1])
         s.commit(step, {c.sequence: 5 for c in step.chunks if c.sample})
     assert 128 < peak <= bound
+
+
+def test_scored_tokens_are_bounded_in_a_step_and_all_come_in_the_end() -> None:
+    group = CacheGroup(None, (0,), 1, 1)
+    scheduler = Scheduler(Pages((group,), (1000,), 16), max_num_seqs=8, max_num_batched_tokens=4096, max_model_len=4096)
+    scored = SamplingParams(prompt_logprobs=0, max_new_tokens=1)
+    for length in (600, 300, 20):
+        scheduler.add(tuple(range(length)), scored, seed=0, eos=())
+    plain = scheduler.add(tuple(range(50)), SamplingParams(max_new_tokens=1), seed=0, eos=())
+    done = 0
+    while scheduler.busy:
+        step = scheduler.next()
+        assert step is not None
+        done += step.num_tokens
+        assert sum(len(c.token_ids) for c in step.chunks if c.sequence != plain.id) <= SCORED_TOKENS
+        scheduler.commit(step, {c.sequence: 7 for c in step.chunks})
+    assert done == 600 + 300 + 20 + 50

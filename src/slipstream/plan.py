@@ -16,8 +16,9 @@ import torch
 
 from slipstream.cache.budget import divide_pages
 from slipstream.cache.spec import CacheGroup
-from slipstream.checkpoint.load import Load, dry_run, refuse
+from slipstream.checkpoint.load import Load, dry_run
 from slipstream.checkpoint.open import Checkpoint
+from slipstream.checkpoint.support import check_layers, refuse_quantized
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import KernelError
 from slipstream.hardware import Hardware, find_hardware
@@ -26,6 +27,7 @@ from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, linear, moe, norm, rope, sampling, store_kv
 from slipstream.ops.choose import Case, Choice, choose
+from slipstream.scheduler import SCORED_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     config = model_config or ModelConfig.from_hf(checkpoint.config)
     home = architecture(config.model_type)
     rename = getattr(home, "rename", str)
-    refuse(checkpoint, config.quantization, config.num_layers, rename)
+    refuse_quantized(checkpoint, config.quantization)
+    check_layers(checkpoint, config.num_layers, rename)
     why: dict[str, str] = {}
     hardware = find_hardware(asked, why)
     dtype = _dtype(asked, config, checkpoint, hardware, why)
@@ -125,7 +128,9 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     held = tuple(_held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
     batched = asked.max_num_batched_tokens
-    workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
+    workspace = _workspace_bytes(
+        config, batched, asked.max_num_seqs, asked.max_model_len or config.max_position_embeddings, dtype
+    )
     max_len, num_pages = divide_pages(
         asked,
         groups,
@@ -215,7 +220,9 @@ def _linear(
     asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool
 ) -> Choice:
     case = _case(hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
-    force = asked.linear_implementation if format == "dense" else None
+    force = asked.linear_implementation
+    if any(i.name == force and i.reject(case) is not None for i in linear.IMPLS):
+        force = None  # not for this weight; that it is for none of them is an error, once all are known
     return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
 
 
@@ -271,6 +278,10 @@ def _linear_choices(
         if item.to.endswith(".weight") and len(item.shape) == 2 and item.to != "embed.weight":
             c = _linear(asked, hardware, dtype, item.format, item.shape[0], item.shape[1], item.shared)
             found.setdefault((c.op, c.name), c)
+    forced = asked.linear_implementation
+    if forced is not None and all(c.name != forced for c in found.values()):
+        reasons = "; ".join(f"{c.op}: {why}" for c in found.values() for name, why in c.rejected if name == forced)
+        raise KernelError(f"linear_implementation: {forced!r} can run none of the weights: {reasons}")
     return list(found.values())
 
 
@@ -287,9 +298,13 @@ def _held_bytes(item: Load, ops_table: Ops) -> int:
     return sum(s.nbytes for s in item.sources)
 
 
-def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
-    """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
+def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, length: int, dtype: torch.dtype) -> int:
+    """Activations of one layer at the largest step, attention to the longest context, and logits in float32 with what
+    the sampler makes of them."""
     inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
     heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
     layer = tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
-    return layer + 3 * min(sequences, tokens) * config.vocab_size * 4
+    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
+    # torch's attention wants the keys of a prompt once for each query head, and its mask as numbers.
+    attention = length * (2 * config.num_heads * config.head_dim + tokens) * dtype.itemsize
+    return layer + attention + 3 * rows * config.vocab_size * 4

@@ -15,6 +15,8 @@ from slipstream.cache.pages import Pages
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import Chunk, FinishReason, SamplingParams, Start, Step
 
+SCORED_TOKENS = 256  # rows of logits that prompt_logprobs may take in one step: bounds the memory for them
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -35,6 +37,11 @@ class Sequence:
     @property
     def num_new(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """The next tokens to compute are scored one by one, so each of them has a row of logits."""
+        return self.params.prompt_logprobs is not None and self.computed < self.prompt_length - 1
 
 
 @dataclass(slots=True)
@@ -117,6 +124,7 @@ class Scheduler:
     def next(self) -> Step | None:
         """The next forward pass, or None when there is nothing to do."""
         budget = self.max_num_batched_tokens
+        scored = SCORED_TOKENS
         chunks: list[Chunk] = []
         started: list[Start] = []
         preempted = False
@@ -124,6 +132,12 @@ class Scheduler:
         while i < len(self.running) and budget:
             seq = self.running[i]
             count = min(budget, len(seq.tokens) - seq.computed)
+            if seq.wants_prompt_logits:
+                count = min(count, scored)
+                scored -= count
+                if not count:
+                    i += 1
+                    continue
             while not self.pages.reserve(seq.id, seq.computed, seq.computed + count):
                 preempted = True
                 last = self.running.pop()
@@ -141,6 +155,11 @@ class Scheduler:
             if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens):
                 break
             count = min(budget, len(seq.tokens))
+            if seq.wants_prompt_logits:
+                count = min(count, scored)
+                scored -= count
+                if not count:
+                    break
             self.pages.reserve(seq.id, 0, count)
             self.running.append(self.waiting.popleft())
             if not seq.known:

@@ -18,17 +18,16 @@ from torch import Tensor, nn
 
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.checkpoint.rules import Weight, rows
+from slipstream.checkpoint.support import Rename
 from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into
 from slipstream.errors import CheckpointError
 from slipstream.ops.linear import Weight as Matrix
 
 Keep = Callable[[str, tuple[int, ...], bool], bool]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
-Rename = Callable[[str], str | None]
 
 READERS = 2  # parameters on their way at once: also how many are in memory twice
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|^rope_freqs\.weight$")
 
 
@@ -56,33 +55,6 @@ class Load:
     def widened(self) -> bool:
         """Blocks that will be held as floats."""
         return self.format == "dense" and any(s.is_blocks for s in self.sources)
-
-
-def refuse(checkpoint: Checkpoint, method: str | None, num_layers: int, rename: Rename = str) -> None:
-    """Turn away, before a model is built, what no rule can match.
-
-    Args:
-        method: the quant_method that config.json names.
-        rename: as for `dry_run`.
-
-    Raises:
-        CheckpointError: the weights are quantized in a way that cannot be run, or are of another number of layers.
-    """
-    packed = ("_proj_blocks", "_proj_scales")
-    mxfp4 = any(t.dtype == "MXFP4" or n.endswith(packed) for n, t in checkpoint.tensors.items())
-    if mxfp4 or method == "mxfp4":
-        raise CheckpointError(
-            f"{checkpoint.path}: the experts are quantized to MXFP4, which is not supported yet; widening them "
-            "would take four times the memory; take a bfloat16 form of this model"
-        )
-    if method is not None:
-        raise CheckpointError(
-            f"{checkpoint.path}: the weights are quantized by {method[:80]!r}, which is not supported; take the model "
-            "in bfloat16 or a GGUF of it"
-        )
-    found = max((int(m[1]) + 1 for n in checkpoint.tensors if (m := _LAYER.search(rename(n) or ""))), default=0)
-    if found != num_layers:
-        raise CheckpointError(f"{checkpoint.path}: config.json says {num_layers} layers, the tensors are of {found}")
 
 
 def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint, *, num_layers: int, num_experts: int,

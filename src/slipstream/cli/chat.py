@@ -113,7 +113,7 @@ class Conversation:
                 }
             )
         if completion.finish_reason == "error":
-            raise RequestError(f"the answer broke off: {completion.error}")
+            raise SlipstreamError(f"the answer broke off: {completion.error}")
 
 
 def _until(stream: ChatStream, stopped: Callable[[], bool]) -> Iterator[ChatDelta]:

@@ -59,6 +59,7 @@ def facts(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
         "weights": _weights(checkpoint),
         "dtype": dtype,
         "quantization": config.quantization or blocks,
+        "not_runnable_because": _refusal(checkpoint, config),
         "layers": config.num_layers,
         "layer_types": dict(Counter(layer.kind for layer in config.layers)),
         "window": next((layer.window for layer in config.layers if layer.window), None),
@@ -83,6 +84,17 @@ def facts(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
         },
         "tokenizer": _tokenizer(checkpoint, config),
     }
+
+
+def _refusal(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """Why slipstream cannot run it, as far as headers tell."""
+    from slipstream.checkpoint.support import refuse_quantized
+
+    try:
+        refuse_quantized(checkpoint, config.quantization)
+    except CheckpointError as e:
+        return str(e)
+    return None
 
 
 def _weights(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -150,6 +162,7 @@ def _tables(model: str, f: Mapping[str, Any]) -> list[Table]:
         ("size", f"{size(f['bytes'])}, {f['format']}"),
         ("dtype", f["dtype"]),
         ("quantization", f["quantization"] or "none"),
+        *([("cannot run", f["not_runnable_because"])] if f["not_runnable_because"] else []),
         ("layers", f"{f['layers']} ({layers}{window})"),
         ("hidden size", f"{f['hidden_size']:,}, in the MLP {f['intermediate_size']:,}"),
         ("heads", f"{f['heads']}, {f['kv_heads']} for keys and values, {f['head_dim']} wide"),

@@ -23,8 +23,8 @@ def pull(
 ) -> None:
     """Fetch a model and check its SHA-256.
 
-    What was downloaded before is not downloaded again, and an interrupted download goes on where it stopped. A local
-    folder or file is hashed.
+    What was downloaded before is not downloaded again. An interrupted download from the Hub goes on where it stopped;
+    the small models that travel in Python packages start again. A local folder or file is hashed.
     """
     from slipstream import sources
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,11 @@ class EngineConfig:
         max_num_seqs: requests that run together.
         max_num_batched_tokens: tokens computed in one step.
         kv_cache_memory_bytes: bytes for keys and values; None plans them from what is free.
-        gpu_memory_utilization: the part of the device's memory that the plan may use (weights, KV, workspace).
+        gpu_memory_utilization: the part of the free memory that the plan may use (weights, KV, workspace); on a CPU at
+            most half of it.
         page_size: tokens in one page of the KV cache.
-        attn_implementation, linear_implementation: force one of the implementations that `explain` lists.
+        attn_implementation: force one of the implementations that `explain` lists.
+        linear_implementation: the same for every weight that it takes; an error if it takes none.
         num_threads: CPU threads; None leaves torch's own choice.
         seed: from which requests without a seed of their own draw theirs.
     """
@@ -57,7 +60,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._one_of("quantization", ("auto", "none"))
-        if not isinstance(self.device, str) or self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
             raise ConfigError(f"device: must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
         for name, low in (
             ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("page_size", 1), ("max_model_len", 1),

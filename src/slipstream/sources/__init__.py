@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from slipstream.config.paths import cache_root
 from slipstream.errors import CheckpointError
 from slipstream.sources import hub, wheel
-from slipstream.sources.files import Progress, cache_root, disk_errors, read_sums, sha256_of, silent, sums_text
+from slipstream.sources.files import Progress, disk_errors, read_sums, sha256_of, silent, sums_text
 from slipstream.sources.hub import HubModel
 from slipstream.sources.wheel import WheelModel
 

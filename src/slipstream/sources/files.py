@@ -29,13 +29,6 @@ def silent(label: str, done: int, total: int | None) -> None:
     """The Progress that shows nothing."""
 
 
-def cache_root() -> Path:
-    """Where models from wheels, and the records of what was verified, are kept."""
-    if home := os.environ.get("SLIPSTREAM_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slipstream"
-
-
 def read_chunks(path: Path, label: str, progress: Progress) -> Iterator[bytes]:
     total, done = path.stat().st_size, 0
     with path.open("rb") as file:

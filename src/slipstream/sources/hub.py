@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from slipstream.config.paths import cache_root
 from slipstream.errors import CheckpointError
-from slipstream.sources.files import Progress, cache_root, read_chunks, sha256_of, write_whole
+from slipstream.sources.files import Progress, read_chunks, sha256_of, write_whole
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from slipstream.config.paths import cache_root
 from slipstream.errors import CheckpointError
 from slipstream.sources.files import (
     CHUNK,
     Progress,
-    cache_root,
     locked,
     read_sums,
     scratch,

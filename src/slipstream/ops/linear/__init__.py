@@ -3,8 +3,8 @@
 kernel.prepare(weight, dtype) -> tuple of tensors, from a `Weight` of shape (out, in)
 kernel(x, packed, bias) -> (tokens, out); x (tokens, in)
 
-A weight that arrives in blocks stays in blocks where an implementation takes its format; only the scales change their
-float type, to that of the activations.
+A weight that arrives in blocks stays in blocks where an implementation takes its format: `blocks` as they stand,
+`int4pack` with the same codes and the scales in bfloat16.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _reject_int4(case: Case) -> str | None:
     if case.dtype != "bfloat16":
         return f"is fast in bfloat16 only, not in {case.dtype}"
     if case.get("in_features", 0) % 32 or case.get("out_features", 0) % 64:
-        return "needs rows of a multiple of 32 and columns of a multiple of 64"
+        return "needs in_features in multiples of 32 and out_features in multiples of 64"
     return None
 
 

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from slipstream.config.paths import cache_root
+
 # What -ffast-math would bring and we need, without its start-up code, which switches denormals off for the process.
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11"),
@@ -27,8 +29,11 @@ def build(name: str) -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C compiler (cc) on this machine"
     source = Path(__file__).with_name(f"{name}.c")
-    key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:24]
-    path = _folder() / f"{name}-{key}.so"
+    try:
+        key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:24]
+    except OSError as e:
+        return f"{source} cannot be read: {e}"
+    path = cache_root() / "native" / f"{name}-{key}.so"
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -43,14 +48,6 @@ def build(name: str) -> ctypes.CDLL | str:
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{source.name} could not be compiled or loaded: {e}"
-
-
-def _folder() -> Path:
-    base = (
-        os.environ.get("SLIPSTREAM_HOME")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slipstream"
-    )
-    return Path(base) / "native"
 
 
 def _processor() -> str:

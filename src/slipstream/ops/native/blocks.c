@@ -1,4 +1,4 @@
-// Multiply by weights that stay in GGUF's blocks of 32 (Q4_0, Q4_1, Q8_0), and turn rows of them into bfloat16.
+// Multiply by weights that stay in GGUF's blocks of 32 (Q4_0, Q4_1, Q8_0), and turn rows of them into bfloat16 or float32.
 //
 // A block is value[i] = scale * code[i] + offset: Q4_0 {half scale; 16 bytes}, offset = -8 * scale;
 // Q4_1 {half scale; half offset; 16 bytes}; Q8_0 {half scale; 32 signed bytes}. Byte j of a 4-bit block holds code j

@@ -1,0 +1,13 @@
+"""Where slipstream keeps what it fetched and what it made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """SLIPSTREAM_HOME, or a folder in the user's cache: models from wheels, records of what was verified, built kernels."""
+    if home := os.environ.get("SLIPSTREAM_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slipstream"
