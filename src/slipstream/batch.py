@@ -38,6 +38,12 @@ class GroupBatch:
     masks: dict[int, Tensor] = field(default_factory=dict)  # made on first use, shared by the group's layers
 
     @cached_property
+    def padding_is_small(self) -> bool:
+        """Whether contexts padded to the longest take at most twice their own memory (or little anyway)."""
+        lengths = [c.end - c.first for c in self.contexts]
+        return len(lengths) * max(lengths) <= 2 * sum(lengths) + 4096
+
+    @cached_property
     def decode_index(self) -> tuple[Tensor, Tensor]:
         """Slots of all contexts, padded to the longest: index (sequences, keys) and whether each is real.
 

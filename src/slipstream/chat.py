@@ -17,7 +17,7 @@ MAX_TEMPLATE_CHARS = 64 << 10
 
 @functools.lru_cache(maxsize=16)
 def _compile(template: str) -> CodeType:
-    return Sandbox(Budget(1 << 20, 60.0)).compile(template)
+    return Sandbox(Budget(1 << 20, 2.0)).compile(template)
 
 
 def render_chat(
@@ -80,7 +80,16 @@ def render_chat(
         ) from e
     except jinja2.TemplateError as e:
         raise CheckpointError(f"the chat template is broken, or cannot take such messages: {e}") from e
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        NameError,
+        RuntimeError,
+    ) as e:
         if isinstance(e, RequestError):
             raise
         raise RequestError(

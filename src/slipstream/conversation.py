@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jinja2 import nodes
+from jinja2 import TemplateError, nodes
 
 from slipstream.chat import render_chat
-from slipstream.errors import RequestError
+from slipstream.errors import CheckpointError, RequestError
 from slipstream.harmony import HARMONY_TOKENS, HarmonyEvent, HarmonyParser, Kind, ToolCall, check_effort, render_harmony
 from slipstream.request import RequestOutput, SamplingParams
 from slipstream.sandbox import Budget, Sandbox
@@ -236,15 +236,17 @@ def render_prompt(
     if harmony and reasoning_effort is not None:
         check_effort(reasoning_effort)
     if template := tokenizer.chat_template:
-        text = render_chat(
+        if asked:
+            _check_known(asked, _names(template), "this model's chat template has no use for it")
+        for name in asked.keys() & {"template", "messages", "special_tokens", "max_chars", "max_seconds"}:
+            raise RequestError(f"{name}: is not a variable that a caller may set", field=name)
+        return render_chat(
             template,
             messages,
             special_tokens=tokenizer.special_tokens,
             add_generation_prompt=add_generation_prompt,
             **asked,
         )
-        _check_known(asked, _names(template), "this model's chat template has no use for it")
-        return text
     if not harmony:
         raise RequestError("this model has no chat template, so it cannot chat; it can continue a text with generate")
     known = frozenset({"tools", "reasoning_effort", "current_date", "model_identity"})
@@ -261,7 +263,10 @@ def _check_known(asked: Mapping[str, Any], known: frozenset[str], why: str) -> N
 @functools.lru_cache(maxsize=16)
 def _names(template: str) -> frozenset[str]:
     """The variables that a template reads."""
-    tree = Sandbox(Budget(1 << 20, 60.0)).parse(template)
+    try:
+        tree = Sandbox(Budget(1 << 20, 2.0)).parse(template)
+    except (TemplateError, RecursionError) as e:
+        raise CheckpointError(f"the chat template cannot be compiled: {e}") from e
     return frozenset(node.name for node in tree.find_all(nodes.Name) if node.ctx == "load")
 
 

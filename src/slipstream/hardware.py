@@ -57,6 +57,12 @@ def _cpu_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def _reclaimable() -> int:
+    """Bytes of files that a cgroup counts as used, and that the system drops when they are needed."""
+    with open("/sys/fs/cgroup/memory.stat") as f:
+        return sum(int(line.split()[1]) for line in f if line.startswith("inactive_file "))
+
+
 def _available_memory() -> int:
     """Bytes that can be taken without swapping: what the system says is available, within a cgroup's limit."""
     try:
@@ -67,6 +73,6 @@ def _available_memory() -> int:
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
             text = limit.read().strip()
-            return free if text == "max" else max(0, min(free, int(text) - int(used.read())))
+            return free if text == "max" else max(0, min(free, int(text) - int(used.read()) + _reclaimable()))
     except (OSError, ValueError):
         return free

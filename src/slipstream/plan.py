@@ -128,9 +128,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     held = tuple(_held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
     batched = asked.max_num_batched_tokens
-    workspace = _workspace_bytes(
-        config, batched, asked.max_num_seqs, asked.max_model_len or config.max_position_embeddings, dtype
-    )
+    workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
     max_len, num_pages = divide_pages(
         asked,
         groups,
@@ -139,6 +137,8 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         free_bytes=hardware.free_bytes,
         gpu=hardware.device.startswith("cuda"),
         other_bytes=weights + workspace,
+        # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
+        bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
         why=why,
     )
     kv = sum(n * asked.page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, num_pages, strict=True))
@@ -298,13 +298,10 @@ def _held_bytes(item: Load, ops_table: Ops) -> int:
     return sum(s.nbytes for s in item.sources)
 
 
-def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, length: int, dtype: torch.dtype) -> int:
-    """Activations of one layer at the largest step, attention to the longest context, and logits in float32 with what
-    the sampler makes of them."""
+def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
+    """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
     inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
     heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
     layer = tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
     rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
-    # torch's attention wants the keys of a prompt once for each query head, and its mask as numbers.
-    attention = length * (2 * config.num_heads * config.head_dim + tokens) * dtype.itemsize
-    return layer + attention + 3 * rows * config.vocab_size * 4
+    return layer + 3 * rows * config.vocab_size * 4

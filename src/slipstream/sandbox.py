@@ -400,7 +400,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 lines = 1 + sum(map(text.count, _LINE_ENDS))
                 widths = [len(a) if isinstance(a, str) else a for a in given[1:] if isinstance(a, (str, int))]
                 budget.allow(len(text) + lines * max([4, *widths]))
-            if name == "sum" and any(isinstance(a, (list, tuple)) for a in given[1:]):
+            if name == "sum" and any(isinstance(a, (list, tuple)) for a in given[2:]):
                 raise Stopped("it summed lists; use + on two lists")
             if name in _BY_ITEM and any(isinstance(a, str) and len(a) > _MAX_ITEMS for a in given):
                 raise Stopped(f"the filter {name} went over a text of more than {_MAX_ITEMS} characters")

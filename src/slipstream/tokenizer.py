@@ -15,6 +15,7 @@ from typing import Any
 
 import tokenizers
 
+from slipstream.checkpoint.files import member
 from slipstream.errors import CheckpointError, RequestError
 from slipstream.tokenizer_gguf import guard, read_gguf
 
@@ -349,6 +350,7 @@ def _decoder_kind(file: Path, decoder: Any) -> tuple[bool, bool]:
 
 
 def _read(file: Path) -> str:
+    member(file.parent.resolve(), file.name)  # no link may lead out of the folder
     try:
         if file.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB, which no tokenizer needs")

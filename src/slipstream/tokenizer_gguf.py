@@ -160,6 +160,9 @@ def _byte_level_backend(metadata: Mapping[str, Any], vocab: dict[str, int], type
     return backend
 
 
+_LONGEST_TOKEN = 4096  # real ones have some dozens; the work below grows with the square
+
+
 def _sentencepiece_backend(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]
 ) -> tokenizers.Tokenizer:
@@ -170,6 +173,10 @@ def _sentencepiece_backend(
     for token, i in vocab.items():
         if types[i] != _NORMAL:
             continue
+        if len(token) > _LONGEST_TOKEN:
+            raise CheckpointError(
+                f"token {i} has {len(token)} characters, more than {_LONGEST_TOKEN}; the file is damaged"
+            )
         score = -scores[i]
         for cut in range(1, len(token)):
             left = token[:cut]

@@ -28,6 +28,7 @@ def divide_pages(
     free_bytes: int,
     gpu: bool,
     other_bytes: int,
+    bytes_per_token: int,
     why: dict[str, str],
 ) -> tuple[int, tuple[int, ...]]:
     """max_model_len, and the pages of each group. The reasons go into `why`.
@@ -35,6 +36,7 @@ def divide_pages(
     Args:
         longest: positions that the model was made for.
         other_bytes: what weights and workspace take.
+        bytes_per_token: workspace that grows with the longest request.
 
     Raises:
         CapacityError: not even one request fits; the message has the numbers.
@@ -57,14 +59,21 @@ def divide_pages(
         )
     why["max_model_len"] = "asked for" if asked.max_model_len else "max_position_embeddings of the checkpoint"
     longest = asked.max_model_len or longest
-    budget = _budget(asked, cost(need(longest)), free_bytes, gpu, other_bytes, why)
-    if cost(need(longest)) > budget:
+    if asked.kv_cache_memory_bytes is not None:
+        bytes_per_token = 0  # what was asked for is for keys and values alone
+
+    def one(length: int) -> int:
+        """Bytes for a single request of this length."""
+        return cost(need(length)) + bytes_per_token * length
+
+    budget = _budget(asked, one(longest), free_bytes, gpu, other_bytes, why)
+    if one(longest) > budget:
         if asked.max_model_len is not None:
             raise CapacityError(
-                f"one request of max_model_len={longest} tokens needs {size_text(cost(need(longest)))} for keys and values, "
+                f"one request of max_model_len={longest} tokens needs {size_text(one(longest))} for keys and values, "
                 f"but {size_text(budget)} are left for them; lower max_model_len or raise kv_cache_memory_bytes"
             )
-        fits = _largest(longest, lambda length: cost(need(length)) <= budget)
+        fits = _largest(longest, lambda length: one(length) <= budget)
         if fits < 2:
             raise CapacityError(f"{budget} bytes for keys and values hold no two tokens; raise kv_cache_memory_bytes")
         why["max_model_len"] = (
@@ -72,17 +81,24 @@ def divide_pages(
         )
         longest = fits
 
-    one = need(longest)
+    budget -= bytes_per_token * longest
+    least = need(longest)
     # A step computes at most `chunk` tokens over all sequences, so beside its window only one chunk is held in all.
     most = [
         asked.max_num_seqs * (n if g.window is None else g.max_pages(longest, 1, size)) + (0 if g.window is None else n)
-        for g, n in zip(groups, one, strict=True)
+        for g, n in zip(groups, least, strict=True)
     ]
 
     def part(of_million: int) -> list[int]:
-        return [max(a, m * of_million // 1_000_000) for a, m in zip(one, most, strict=True)]
+        return [max(a, m * of_million // 1_000_000) for a, m in zip(least, most, strict=True)]
 
-    return longest, tuple(part(_largest(1_000_000, lambda k: cost(part(k)) <= budget)))
+    pages = part(_largest(1_000_000, lambda k: cost(part(k)) <= budget))
+    if cost(pages) + other_bytes > free_bytes:
+        raise CapacityError(
+            f"{size_text(cost(pages))} of keys and values do not fit beside the {size_text(other_bytes)} of weights and "
+            f"workspace: {size_text(free_bytes)} are free; lower kv_cache_memory_bytes, or take a smaller or quantized model"
+        )
+    return longest, tuple(pages)
 
 
 def _budget(asked: EngineConfig, one: int, free_bytes: int, gpu: bool, other_bytes: int, why: dict[str, str]) -> int:

@@ -59,6 +59,10 @@ def chat(
             if not interactive:
                 raise
             note(f"error: {e}")
+        except KeyboardInterrupt:  # the second one, which does not wait for a token: this turn is not kept
+            if not interactive:
+                raise
+            note("\nStopped.")
 
 
 class Conversation:
@@ -97,8 +101,9 @@ class Conversation:
             else:
                 print_stream(deltas)
         output = stream.output
-        self.messages = [*messages, output.message]
         completion = output.outputs[0]
+        if completion.finish_reason != "error":
+            self.messages = [*messages, output.message]
         if self._as_json:
             from slipstream.cli.load import usage
 
@@ -129,7 +134,7 @@ def _until(stream: ChatStream, stopped: Callable[[], bool]) -> Iterator[ChatDelt
 
 @contextlib.contextmanager
 def _stop_at_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C is only noted, as it must not cut a step of the engine in two; the second is not."""
+    """Within, the first Ctrl-C is noted, to keep the answer up to its last token; the second cuts it off at once."""
     noted = threading.Event()
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:

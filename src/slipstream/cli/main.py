@@ -111,7 +111,8 @@ def _with_option(message: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))  # names come from files
+    print(f"error: {text}", file=sys.stderr)
     return code
 
 

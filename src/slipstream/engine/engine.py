@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class Stream:
                 yield self.pending.popleft()
             if self.finished:
                 return
-            if not self.engine.step():
+            if not self.engine.step() and not self.pending and not self.finished:
                 raise AssertionError("an unfinished answer is in no queue")
 
     def result(self) -> RequestOutput:
@@ -94,6 +95,7 @@ class Engine:
             max_model_len=plan.max_model_len,
         )
         self._answers: dict[int, _Answer] = {}
+        self._lock = threading.RLock()  # any thread may submit, step and cancel; one at a time does
         self._seeds = None if plan.asked.seed is None else _seeds(plan.asked.seed)
 
     def submit(self, request: Request) -> Stream:
@@ -111,6 +113,11 @@ class Engine:
             if bad:
                 raise RequestError(f"{name}: token {bad[0]} is not in the vocabulary of {vocab}", field=name)
         self.scheduler.max_length(len(request.prompt_token_ids), params)  # refuse before anything is queued
+        with self._lock:
+            return self._queue(request)
+
+    def _queue(self, request: Request) -> Stream:
+        params = request.params
         now = time.perf_counter()
         prompt_logprobs = None if params.prompt_logprobs is None else [None] * len(request.prompt_token_ids)
         output = RequestOutput(
@@ -125,6 +132,8 @@ class Engine:
         base = params.seed if params.seed is not None else self._draw_seed()
         for completion in output.outputs:
             seed = (base + completion.index) % 2**64
+            if completion.index == 1 and params.prompt_logprobs is not None:
+                params = params.replace(prompt_logprobs=None)  # the first answer scores the prompt for all
             sequence = self.scheduler.add(request.prompt_token_ids, params, seed=seed, eos=self.eos_token_ids)
             detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens, continues=True)
             stops = StopStrings(params.stop, params.include_stop_str_in_output)
@@ -141,6 +150,10 @@ class Engine:
 
         An interrupt (Ctrl-C) ends them with `abort`, anything else with `error`; the engine stays usable.
         """
+        with self._lock:
+            return self._step()
+
+    def _step(self) -> bool:
         running = False
         try:
             step = self.scheduler.next()
@@ -224,9 +237,10 @@ class Engine:
 
     def end(self, answer: _Answer, reason: FinishReason) -> None:
         """End one answer from outside; one that has ended already stays as it is."""
-        if answer.sequence.id in self._answers:
-            self.scheduler.finish(answer.sequence, reason)
-            self._close(answer, self._rest(answer), None)
+        with self._lock:
+            if answer.sequence.id in self._answers:
+                self.scheduler.finish(answer.sequence, reason)
+                self._close(answer, self._rest(answer), None)
 
 
 def _seeds(seed: int) -> Iterator[int]:

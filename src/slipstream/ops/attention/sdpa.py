@@ -24,7 +24,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,  # (heads,)
 ) -> Tensor:
-    if batch.decode_only:
+    if batch.decode_only and group.padding_is_small:
         return _decode(q, keys, values, group, scale, sinks)
     out = torch.empty_like(q)
     for i, context in enumerate(group.contexts):

@@ -8,12 +8,14 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 from slipstream.config.paths import cache_root
+from slipstream.errors import TrustError
 
 # What -ffast-math would bring and we need, without its start-up code, which switches denormals off for the process.
 FLAGS = (
@@ -25,12 +27,15 @@ FLAGS = (
 @functools.cache
 def build(name: str) -> ctypes.CDLL | str:
     """The library made from `name`.c, or a sentence that says why there is none."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    words = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shutil.which(words[0])
     if compiler is None:
-        return "there is no C compiler (cc) on this machine"
+        return f"there is no C compiler ({words[0]}) on this machine"
     source = Path(__file__).with_name(f"{name}.c")
     try:
-        key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:24]
+        key = hashlib.sha256(
+            source.read_bytes() + repr((FLAGS, compiler, words[1:], _processor())).encode()
+        ).hexdigest()[:24]
     except OSError as e:
         return f"{source} cannot be read: {e}"
     path = cache_root() / "native" / f"{name}-{key}.so"
@@ -39,15 +44,27 @@ def build(name: str) -> ctypes.CDLL | str:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 made = Path(scratch) / path.name
-                command = [compiler, *FLAGS, str(source), "-o", str(made), "-lm"]
+                command = [compiler, *words[1:], *FLAGS, str(source), "-o", str(made), "-lm"]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
                 if done.returncode:
                     lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
                     return f"{compiler} could not compile {source.name}: {lines[0][:200]}"
                 os.replace(made, path)
+        _check_owner(path.parent)
+        _check_owner(path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{source.name} could not be compiled or loaded: {e}"
+
+
+def _check_owner(path: Path) -> None:
+    """Native code is only run from where nobody else can have put it."""
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise TrustError(
+            f"{path} could have been written by another user, so it is not run; set SLIPSTREAM_HOME to a folder of your own "
+            f"or take the rights away: chmod go-w {path}"
+        )
 
 
 def _processor() -> str:
