@@ -35,7 +35,9 @@ class GroupBatch:
     page_size: int
     slots: Tensor  # (tokens,) int64: where each token's key and value are written
     contexts: tuple[Context, ...]  # one for each sequence
-    masks: dict[int, Tensor] = field(default_factory=dict)  # made on first use, shared by the group's layers
+    masks: dict[tuple[int, int], Tensor] = field(
+        default_factory=dict
+    )  # made on first use, shared by the group's layers
 
     @cached_property
     def padding_is_small(self) -> bool:
@@ -61,7 +63,7 @@ class GroupBatch:
 
     def mask(self, sequence: int, start: int, end: int) -> Tensor:
         """(queries, keys) bool: which of the context's keys each query at positions start..end-1 may see."""
-        found = self.masks.get(sequence)
+        found = self.masks.get((sequence, start))
         if found is None:
             context, device = self.contexts[sequence], self.slots.device
             query = torch.arange(start, end, device=device)[:, None]
@@ -69,7 +71,7 @@ class GroupBatch:
             found = key <= query
             if self.window is not None:
                 found &= key > query - self.window
-            self.masks[sequence] = found
+            self.masks[sequence, start] = found
         return found
 
 

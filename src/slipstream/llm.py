@@ -86,6 +86,12 @@ class LLM:
             RequestError, CapacityError: a prompt cannot be served; nothing of the list was run.
         """
         single = isinstance(prompts, str)
+        if not single and not isinstance(prompts, (list, tuple)):
+            raise RequestError(f"prompts: must be a text or a list, got {type(prompts).__name__}", field="prompts")
+        if not single and prompts and all(isinstance(p, int) for p in prompts):
+            raise RequestError(
+                "prompts: for one prompt of token ids give a list that holds it: [[1, 2]]", field="prompts"
+            )
         streams = []
         try:
             for prompt in [prompts] if single else prompts:
@@ -99,6 +105,8 @@ class LLM:
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Queue a prompt; the `Stream` that comes back gives tokens as they are made. See engine.Stream."""
+        if params is not None and not isinstance(params, SamplingParams):
+            raise RequestError(f"params: must be one SamplingParams, got {type(params).__name__}", field="params")
         if isinstance(prompt, str):
             ids = as_token_ids(self.tokenizer.encode(prompt), self.model_config.vocab_size)
             text: str | None = prompt

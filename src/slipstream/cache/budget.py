@@ -98,6 +98,8 @@ def divide_pages(
             f"{size_text(cost(pages))} of keys and values do not fit beside the {size_text(other_bytes)} of weights and "
             f"workspace: {size_text(free_bytes)} are free; lower kv_cache_memory_bytes, or take a smaller or quantized model"
         )
+    if pages == most and asked.kv_cache_memory_bytes is not None:
+        why["kv_cache"] = f"{size_text(cost(pages))} are all that max_num_seqs requests can use of what was asked for"
     return longest, tuple(pages)
 
 

@@ -6,11 +6,15 @@ all decoding sequences in one padded call. Prompts go one sequence at a time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.batch import Batch, GroupBatch
+
+QUERIES = 128
 
 
 def attention(
@@ -34,9 +38,21 @@ def attention(
         repeat = q.shape[1] // keys.shape[1]
         key = context.take(keys).repeat_interleave(repeat, 1).transpose(0, 1)[None]
         value = context.take(values).repeat_interleave(repeat, 1).transpose(0, 1)[None]
-        whole = start == 0 and (group.window is None or count <= group.window)
-        mask = None if whole else group.mask(i, start, start + count)[None, None]
-        out[rows] = _sdpa(query, key, value, mask, whole, scale, sinks)[0].transpose(0, 1)
+        at = rows.start
+        for first, last in _blocks(start, start + count):
+            low = 0 if group.window is None else max(0, first - group.window + 1 - context.first)
+            high = last - context.first
+            mask = group.mask(i, first, last)[:, low:high]
+            block = _sdpa(
+                query[:, :, first - start : last - start],
+                key[:, :, low:high],
+                value[:, :, low:high],
+                mask,
+                scale,
+                sinks,
+            )
+            out[at : at + last - first] = block[0].transpose(0, 1)
+            at += last - first
     return out
 
 
@@ -52,19 +68,24 @@ def _decode(q: Tensor, keys: Tensor, values: Tensor, group: GroupBatch, scale: f
         mask = real[:, None, None, :]
     query = q.view(sequences, kv_heads, heads // kv_heads, head_dim)
     sinks = None if sinks is None else sinks.view(kv_heads, heads // kv_heads)
-    out = _sdpa(query, key.transpose(1, 2), value.transpose(1, 2), mask, False, scale, sinks)
+    out = _sdpa(query, key.transpose(1, 2), value.transpose(1, 2), mask, scale, sinks)
     return out.reshape(sequences, heads, head_dim)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, sinks: Tensor | None
-) -> Tensor:
+def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Queries a few at a time, so that keys which none of them sees are left out, and a mask stays small."""
+    for first in range(start, end, QUERIES):
+        yield first, min(first + QUERIES, end)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None) -> Tensor:
     if sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if mask is not None:  # this operator wants the mask as numbers
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        mask = mask if mask.dim() == 4 else mask[None, None]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        q, k, v, 0.0, False, attn_mask=mask, scale=scale
     )
     # A sink is one more score without a value: it takes 1 - sigmoid(lse - sink) of the weight.
     share = torch.sigmoid(lse.view(q.shape[:3]) - (sinks if sinks.dim() == 2 else sinks[:, None]).float())
