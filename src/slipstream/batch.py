@@ -35,7 +35,7 @@ class GroupBatch:
     page_size: int
     slots: Tensor  # (tokens,) int64: where each token's key and value are written
     contexts: tuple[Context, ...]  # one for each sequence
-    masks: dict[tuple[int, int], Tensor] = field(
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(
         default_factory=dict
     )  # made on first use, shared by the group's layers
 
@@ -61,9 +61,10 @@ class GroupBatch:
             real[i, : len(slots)] = True
         return index.to(self.slots.device), real.to(self.slots.device)
 
-    def mask(self, sequence: int, start: int, end: int) -> Tensor:
-        """(queries, keys) bool: which of the context's keys each query at positions start..end-1 may see."""
-        found = self.masks.get((sequence, start))
+    def mask(self, sequence: int, start: int, end: int, dtype: torch.dtype = torch.bool) -> Tensor:
+        """(queries, keys): which of the context's keys each query at positions start..end-1 may see; as a float dtype,
+        0 or -inf to add to its scores."""
+        found = self.masks.get((sequence, start, dtype))
         if found is None:
             context, device = self.contexts[sequence], self.slots.device
             query = torch.arange(start, end, device=device)[:, None]
@@ -71,7 +72,9 @@ class GroupBatch:
             found = key <= query
             if self.window is not None:
                 found &= key > query - self.window
-            self.masks[sequence, start] = found
+            if dtype != torch.bool:
+                found = torch.zeros(found.shape, dtype=dtype, device=device).masked_fill_(~found, float("-inf"))
+            self.masks[sequence, start, dtype] = found
         return found
 
 

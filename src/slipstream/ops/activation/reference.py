@@ -10,7 +10,7 @@ from torch import Tensor
 def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     if kind == "silu":
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
     if kind == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
     if kind == "gelu":
