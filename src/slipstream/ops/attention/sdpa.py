@@ -42,7 +42,7 @@ def attention(
         for first, last in _blocks(start, start + count):
             low = 0 if group.window is None else max(0, first - group.window + 1 - context.first)
             high = last - context.first
-            mask = group.mask(i, first, last, q.dtype)[:, low:high]
+            mask = group.mask(i, first, last, q.dtype)[None, None, :, low:high]
             block = _sdpa(
                 query[:, :, first - start : last - start],
                 key[:, :, low:high],
@@ -83,8 +83,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, si
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if mask is not None and mask.dtype == torch.bool:  # this operator wants the mask as numbers
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    if mask is not None and mask.dim() == 2:
-        mask = mask[None, None]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=mask, scale=scale
     )
