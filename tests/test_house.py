@@ -97,7 +97,7 @@ def allowed(importer: str, imported: str) -> bool:
         ("slipstream.batch", "slipstream.cache.spec", True),
         ("slipstream.cache.pages", "slipstream.batch", False),
         ("slipstream.cache.spec", "slipstream.cache.pages", False),
-        ("slipstream.ops.linear.torch", "slipstream.checkpoint.blocks", False),
+        ("slipstream.ops.linear.torch", "slipstream.checkpoint.tensors", False),
         ("slipstream.checkpoint.load", "slipstream.ops.linear", True),
         ("slipstream.llm", "slipstream.cli.main", False),
         ("slipstream.server.app", "slipstream.llm", True),

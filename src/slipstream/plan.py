@@ -172,7 +172,7 @@ def _dtype(
     if asked.dtype != "auto":
         why["dtype"] = "asked for"
         return getattr(torch, asked.dtype)
-    blocks = any(t.is_blocks for t in checkpoint.tensors.values())
+    blocks = any(t.is_quantized for t in checkpoint.tensors.values())
     name = "bfloat16" if blocks else config.dtype
     why["dtype"] = "quantized weights run in bfloat16" if blocks else "the checkpoint's own"
     if name == "float16" and hardware.device == "cpu":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.checkpoint.blocks import BLOCKS, dequantize_rows
+from slipstream.ops.formats.blocks import BLOCKS, dequantize_rows
 from slipstream.checkpoint.gguf import _TYPES, MAX_HEADER, read_gguf
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.checkpoint.tensors import read_dense, read_rows
@@ -60,7 +60,7 @@ def test_dequantized_bit_for_bit_as_the_library_does(kind: str) -> None:
 def test_many_rows_are_turned_in_chunks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randint(0, 100, (11, 2 * BLOCKS[kind][2]), dtype=torch.uint8)
     whole = dequantize_rows(rows, kind, torch.float32)
-    monkeypatch.setattr("slipstream.checkpoint.blocks.CHUNK", 3 * whole.shape[1])
+    monkeypatch.setattr("slipstream.ops.formats.blocks.CHUNK", 3 * whole.shape[1])
     torch.testing.assert_close(dequantize_rows(rows, kind, torch.float32), whole, rtol=0, atol=0, equal_nan=True)
 
 

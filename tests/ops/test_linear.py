@@ -11,7 +11,7 @@ import torch
 
 from slipstream.ops import linear
 from slipstream.ops.choose import Case
-from slipstream.ops.linear import Weight
+from slipstream.ops.formats import Weight
 
 IN, OUT = 96, 128
 IMPLS = {impl.name: impl for impl in linear.IMPLS}

@@ -14,7 +14,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
-from slipstream.checkpoint.blocks import BLOCKS
+from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.checkpoint.files import MAX_TENSORS
 from slipstream.checkpoint.tensors import DENSE, TensorInfo, check_name
 from slipstream.errors import CheckpointError

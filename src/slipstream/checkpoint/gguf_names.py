@@ -113,7 +113,7 @@ def _rename(info: TensorInfo, config: dict[str, Any]) -> list[TensorInfo]:
         if info.shape[0] % (2 * heads):
             raise CheckpointError(f"{info.file}: {info.name} of {info.shape} does not divide into {heads} heads")
     add = -1.0 if kind in ("gemma2", "gemma3_text") and name.endswith("norm.weight") else 0.0
-    if add and info.is_blocks:
+    if add and info.is_quantized:
         raise CheckpointError(f"{info.file}: {info.name} is quantized to {info.dtype}, which a norm never is")
     return [dataclasses.replace(info, name=name, row_permute=heads, add=add)]
 

@@ -21,7 +21,7 @@ from slipstream.checkpoint.rules import Weight, rows
 from slipstream.checkpoint.support import Rename
 from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into
 from slipstream.errors import CheckpointError
-from slipstream.ops.linear import Weight as Matrix
+from slipstream.ops.formats import Weight as Matrix
 
 Keep = Callable[[str, tuple[int, ...], bool], bool]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -54,7 +54,7 @@ class Load:
     @property
     def widened(self) -> bool:
         """Blocks that will be held as floats."""
-        return self.format == "dense" and any(s.is_blocks for s in self.sources)
+        return self.format == "dense" and any(s.is_quantized for s in self.sources)
 
 
 def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint, *, num_layers: int, num_experts: int,
@@ -106,7 +106,7 @@ def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint,
 def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Tensor, owner: nn.Module, shared: bool,
            keep: Keep, twin: TensorInfo | None) -> Load:  # fmt: skip
     for s in sources:
-        if not s.is_blocks and s.dtype not in _FLOATS:
+        if not s.is_quantized and s.dtype not in _FLOATS:
             raise CheckpointError(f"{s.file}: {s.name} is {s.dtype}, where a {to} must be one of {', '.join(_FLOATS)}")
     try:
         shape = rule.shape([s.shape for s in sources])
@@ -119,7 +119,7 @@ def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Te
             f"{sources[0].file}: {names} makes {to} {list(shape)}, but config.json asks for {list(parameter.shape)}"
         )
     kinds = {s.dtype for s in sources}
-    whole = len(kinds) == 1 and sources[0].is_blocks and rule.transform is rows and hasattr(owner, "accept")
+    whole = len(kinds) == 1 and sources[0].is_quantized and rule.transform is rows and hasattr(owner, "accept")
     stays = whole and keep(sources[0].dtype, shape, to == "embed.weight")
     return Load(to, sources, rule, shape, sources[0].dtype if stays else "dense", shared, twin)
 
@@ -187,7 +187,7 @@ def _read(checkpoint: Checkpoint, item: Load, dtype: torch.dtype) -> Tensor:
 
 def _dense(checkpoint: Checkpoint, source: TensorInfo, dtype: torch.dtype) -> Tensor:
     """As `dtype`; numbers of a higher precision are rounded once, here."""
-    return checkpoint.dequantize(source.name, dtype) if source.is_blocks else checkpoint.read(source.name).to(dtype)
+    return checkpoint.dequantize(source.name, dtype) if source.is_quantized else checkpoint.read(source.name).to(dtype)
 
 
 def _some(names: Sequence[str]) -> str:

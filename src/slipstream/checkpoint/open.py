@@ -46,23 +46,23 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """A dense tensor in its own dtype and logical shape."""
         info = self._info(name)
-        if info.is_blocks:
+        if info.is_quantized:
             raise CheckpointError(f"{self.path}: {name} is packed as {info.dtype}; read its blocks or dequantize it")
         return read_dense(info)
 
     def read_blocks(self, name: str) -> torch.Tensor:
         """The packed blocks of a quantized tensor, uint8 of shape (rows, bytes_per_row)."""
         info = self._info(name)
-        if not info.is_blocks:
+        if not info.is_quantized:
             raise CheckpointError(f"{self.path}: {name} is {info.dtype}, which has no blocks; read it as it is")
         return read_rows(info)
 
     def dequantize(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Any tensor as `dtype` in its logical shape."""
         info = self._info(name)
-        if not info.is_blocks:
+        if not info.is_quantized:
             return read_dense(info).to(dtype)
-        from slipstream.checkpoint.blocks import dequantize_rows
+        from slipstream.ops.formats.blocks import dequantize_rows
 
         return dequantize_rows(read_rows(info), info.dtype, dtype).view(info.shape)
 

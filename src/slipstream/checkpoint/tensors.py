@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream.checkpoint.blocks import BLOCKS
+from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class TensorInfo:
         offset: position of the first byte in `file`.
         row_permute: number of heads whose rows GGUF's llama conversion interleaved; undone by every read.
         add: added to every value when read (-1 for gemma norms in GGUF, which are stored as weight + 1).
+        parts: for a weight of safetensors that is packed into one of `formats.MADE` (then `dtype` is that format's name,
+            and `shape` the logical one): the tensors that hold its data and its scales. Empty for all others.
     """
 
     name: str
@@ -57,11 +59,19 @@ class TensorInfo:
     offset: int
     row_permute: int | None = None
     add: float = 0.0
+    parts: tuple[TensorInfo, ...] = ()
 
     @property
-    def is_blocks(self) -> bool:
-        """Whether values are packed into quantized blocks."""
-        return self.dtype in BLOCKS
+    def is_quantized(self) -> bool:
+        """Whether values are packed: into GGUF's blocks, or into data and scales."""
+        return self.dtype in BLOCKS or bool(self.parts)
+
+    @property
+    def format(self) -> str:
+        """The name in `ops.formats`."""
+        if self.dtype == "MXFP4":  # GGUF's order of the same bits, put into ours when read
+            return "mxfp4"
+        return self.dtype if self.is_quantized else "dense"
 
     @property
     def rows(self) -> int:

@@ -119,7 +119,7 @@ def _blocks(checkpoint: Checkpoint) -> str | None:
     """The block format that most bytes of a GGUF file are in."""
     count: Counter[str] = Counter()
     for t in checkpoint.tensors.values():
-        if t.is_blocks:
+        if t.is_quantized:
             count[t.dtype] += t.nbytes
     return count.most_common(1)[0][0] if count else None
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slipstream.checkpoint.blocks import dequantize_rows
+from slipstream.ops.formats.blocks import dequantize_rows
 from slipstream.layers.ops import Ops
-from slipstream.ops.linear import LinearKernel, Weight
+from slipstream.ops.formats import Weight
+from slipstream.ops.linear import LinearKernel
 
 
 class Linear(nn.Module):

@@ -9,23 +9,14 @@ A weight that arrives in blocks stays in blocks where an implementation takes it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from slipstream.ops.choose import Case, Impl
+from slipstream.ops.formats import Weight
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A matrix as it arrives: "dense" (out, in) floats, or GGUF blocks (out, bytes_per_row) uint8 of this format."""
-
-    format: str
-    data: Tensor
-    shape: tuple[int, int]
 
 
 class LinearKernel(Protocol):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.errors import KernelError
-from slipstream.ops.linear import Weight
+from slipstream.ops.formats import Weight
 from slipstream.ops.native import build
 
 KINDS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}

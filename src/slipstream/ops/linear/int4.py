@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from slipstream.ops.linear import Weight
+from slipstream.ops.formats import Weight
 
 
 class Int4:

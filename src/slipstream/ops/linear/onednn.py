@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slipstream.ops.linear import Weight
+from slipstream.ops.formats import Weight
 
 
 class OneDNN:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.ops.linear import Weight
+from slipstream.ops.formats import Weight
 
 
 class Dense:
