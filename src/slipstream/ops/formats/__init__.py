@@ -59,20 +59,20 @@ def joined(turn: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Weight], 
     return Weight(parts[0].format, turn([p.data for p in parts]), shape, turn(scales) if scales else None)
 
 
-def packed_shapes(
-    format: str, shape: tuple[int, ...], group: int = 0
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def packed_shapes(format: str, shape: tuple[int, ...], group: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of data and scales of a logical shape in one of MADE, in the units of the table above.
 
     Args:
         group: weights that share a scale in int4.
 
     Raises:
-        ValueError: the innermost size is not a multiple of what shares a scale.
+        ValueError: the innermost size is not a multiple of what shares a scale, or int4 has no such group.
     """
     *outer, width = shape
     size = {"mxfp4": 32, "int8": 1, "int4": group}[format]
-    if size == 0 or width % size:
+    if format == "int4" and group not in GROUPS:
+        raise ValueError(f"int4 needs groups of {', '.join(map(str, GROUPS))}, not of {group}")
+    if width == 0 or width % size:
         raise ValueError(f"{format} needs rows of a multiple of {size} weights, not {width}")
     if format == "mxfp4":
         return (*outer, width // 32, 16), (*outer, width // 32)
@@ -89,7 +89,7 @@ def encode(values: Tensor, format: str, group: int = 0) -> Weight:
         group: weights that share a scale in int4; one of GROUPS.
 
     Raises:
-        ValueError: the rows are not a multiple of what shares a scale.
+        ValueError: the rows are not a multiple of what shares a scale, or int4 has no such group.
     """
     packed_shapes(format, tuple(values.shape), group)
     from slipstream.ops.formats import integers, mxfp4
