@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from slipstream import LLM, SamplingParams
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig
 from slipstream.errors import CapacityError, ConfigError, KernelError
+from slipstream.ops.formats import Weight
 from slipstream.plan import Plan, make_plan
 from tests.engine import tiny
 
@@ -47,6 +49,8 @@ def held_by(model: nn.Module) -> int:
         elif isinstance(value, (tuple, list)):
             for v in value:
                 look(v)
+        elif isinstance(value, Weight):
+            look((value.data, value.scales))
 
     for module in model.modules():
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
@@ -71,7 +75,7 @@ def test_tied_weights_are_counted_once(tied: Path, tmp_path: Path) -> None:
     assert apart.weights_bytes - together.weights_bytes == 131 * 32 * 4
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "quantization": "none"}, {"dtype": "float32"}])
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "quantization": "dequantize"}, {"dtype": "float32"}])
 def test_gguf_bytes_are_those_held(smollm2: Path, options: dict[str, Any]) -> None:
     llm = LLM(smollm2, device="cpu", max_model_len=64, kv_cache_memory_bytes=16 << 20, **options)
     assert llm.engine.runner.storage.nbytes == llm.plan.kv_bytes <= 16 << 20
@@ -221,20 +225,54 @@ def test_every_decision_has_a_reason(hybrid: Path) -> None:
 
 
 def test_widening_is_named(smollm2: Path) -> None:
-    p = plan(smollm2, quantization="none", max_model_len=64)
+    p = plan(smollm2, quantization="dequantize", max_model_len=64)
     widened = {k: v for k, v in p.why.items() if "widened" in k}
-    assert widened and all("quantization='none'" in v for v in widened.values())
+    assert widened and all("quantization='dequantize'" in v for v in widened.values())
     assert {name.split(" widened")[0] for name in widened} == {i.arrived for i in p.loads if i.widened} >= {"Q4_1"}
-    assert all(i.format == "dense" for i in p.loads)
+    assert all(i.held == "dense" for i in p.loads)
 
 
-def test_what_stays_quantized_is_not_called_widened(smollm2: Path) -> None:
-    p = plan(smollm2, max_model_len=64)
-    kept = {i.format for i in p.loads} - {"dense"}
-    for name in (k.split(" widened")[0] for k in p.why if "widened" in k):
-        assert any(i.arrived == name and i.widened for i in p.loads)
-    if kept:
-        assert p.weights_bytes < plan(smollm2, quantization="none", max_model_len=64).weights_bytes
+@pytest.mark.parametrize("quantization", ["auto", "mxfp4", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_nothing_is_widened_unasked(smollm2: Path, quantization: str, dtype: str) -> None:
+    p = plan(smollm2, quantization=quantization, dtype=dtype, max_model_len=64)
+    assert "widened" not in json.dumps(p.to_dict())
+    for item in p.loads:
+        for held, source in zip(item.formats, item.sources, strict=True):
+            assert held in (source.format, quantization)
+            assert held != "dense" or not source.is_quantized
+    assert p.weights_bytes < plan(smollm2, quantization="dequantize", max_model_len=64).weights_bytes
+
+
+@pytest.mark.parametrize("made", ["mxfp4", "int8", "int4"])
+def test_what_is_made_while_loading_is_counted_before(smollm2: Path, made: str) -> None:
+    llm = LLM(smollm2, quantization=made, kv_cache_memory_bytes=1 << 24, max_model_len=64)
+    assert llm.plan.weights_bytes == pytest.approx(held_by(llm.plan.model), rel=0.01)
+    assert {i.held for i in llm.plan.loads if ".mlp." in i.to} == {made}
+    assert "tensors are quantized as they load" in llm.plan.why["quantization"]
+
+
+def test_what_cannot_run_says_what_widening_costs(hybrid: Path) -> None:
+    """K-quants have no kernel: an error with both sizes, and the way out that it names works. Headers are enough."""
+    checkpoint = open_checkpoint(hybrid)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    changed = dataclasses.replace(checkpoint.tensors[name], dtype="Q4_K", nbytes=144 << 20)
+    checkpoint = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, name: changed})
+    with pytest.raises(
+        KernelError, match=r"as Q4_K; quantization='dequantize' would hold them .* 0\.14\. linear\[Q4_K\]"
+    ):
+        make_plan(EngineConfig(device="cpu", max_model_len=64), checkpoint)
+    widened = make_plan(EngineConfig(device="cpu", max_model_len=64, quantization="dequantize"), checkpoint)
+    assert "Q4_K widened to bfloat16" in widened.why
+
+
+def test_what_cannot_be_made_is_an_error(hybrid: Path) -> None:
+    with pytest.raises(ConfigError, match="multiple of 32"):  # rows of 60
+        plan(hybrid, quantization="mxfp4", max_model_len=64)
+    with pytest.raises(
+        ConfigError, match="quantization: must be one of auto, dequantize, mxfp4, int8, int4, got 'none'"
+    ):
+        plan(hybrid, quantization="none")
 
 
 # As plain values.

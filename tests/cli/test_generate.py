@@ -85,14 +85,14 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
     seen = []
     monkeypatch.setattr("slipstream.plan.make_plan", lambda asked, *_: seen.append(asked) or 1 / 0)
     given = EngineConfig(
-        device="cpu", dtype="float32", quantization="none", max_model_len=64, max_num_seqs=3, max_num_batched_tokens=32,
+        device="cpu", dtype="float32", quantization="dequantize", max_model_len=64, max_num_seqs=3, max_num_batched_tokens=32,
         kv_cache_memory_bytes=3 << 20, gpu_memory_utilization=0.4, page_size=8, attn_implementation="sdpa",
         linear_implementation="torch", num_threads=1,
     )  # fmt: skip
     for f in dataclasses.fields(EngineConfig):
         if f.name != "seed":  # --seed is the request's
             assert getattr(given, f.name) != getattr(EngineConfig(), f.name), f.name
-    words = shlex.split("""--device cpu --dtype float32 --quantization none --max-model-len 64 --max-num-seqs 3
+    words = shlex.split("""--device cpu --dtype float32 --quantization dequantize --max-model-len 64 --max-num-seqs 3
         --max-num-batched-tokens 32 --kv-cache-memory-bytes 3MiB --gpu-memory-utilization 0.4 --page-size 8
         --attn-implementation sdpa --linear-implementation torch --num-threads 1""")
     for command in (["generate", model, "x"], ["chat", model], ["explain", model]):

@@ -279,7 +279,7 @@ def test_nan_in_one_request_ends_it_alone(hybrid: Path) -> None:
     prompts = ["the", "he said that", "on the sea of it", "a"]
     alone = [llm.generate(p, params) for p in prompts]
     with torch.inference_mode():
-        llm.engine.runner.model.embed.weight[bad] = float("nan")  # type: ignore[index]
+        llm.engine.runner.model.embed.held.data[bad] = float("nan")  # type: ignore[union-attr]
     for _ in range(3):  # the pages that held NaN are used again
         spoiled = [llm.submit("the ~ tide " * 3, params), llm.submit("~", params)]
         streams = [llm.submit(p, params) for p in prompts]
@@ -296,7 +296,7 @@ def test_a_token_that_leads_to_nan_keeps_the_text_before_it(hybrid: Path) -> Non
     llm = load(hybrid)
     bad = llm.tokenizer.token_to_id("~")
     with torch.inference_mode():
-        llm.engine.runner.model.embed.weight[bad] = float("nan")  # type: ignore[index]
+        llm.engine.runner.model.embed.held.data[bad] = float("nan")  # type: ignore[union-attr]
     (c,) = llm.generate("the", GREEDY.replace(logit_bias={bad: 1e9})).outputs
     assert (c.text, c.token_ids, c.finish_reason) == ("~", [bad], "error")
     clean(llm)

@@ -89,11 +89,11 @@ def _same(smollm2: Path, theirs: transformers.LlamaForCausalLM, prompts: list[st
 
 
 def test_three_prompts(smollm2: Path, theirs: transformers.LlamaForCausalLM) -> None:
-    _same(smollm2, theirs, PROMPTS[:3], quantization="none")
+    _same(smollm2, theirs, PROMPTS[:3], quantization="dequantize")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["none", "auto"])
+@pytest.mark.parametrize("quantization", ["dequantize", "auto"])
 def test_twenty_prompts(smollm2: Path, theirs: transformers.LlamaForCausalLM, quantization: str) -> None:
     """Also with the weights in their blocks: in float32 they are the same numbers."""
     _same(smollm2, theirs, PROMPTS, quantization=quantization)

@@ -2,13 +2,15 @@
 
 The dry run matches the architecture's rules with the names, shapes and dtypes in the headers before memory is taken.
 Every parameter is written exactly once and every tensor of the checkpoint is used, or the error lists both sides.
+What arrives packed stays packed, unless the plan holds it in another format.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slipstream.checkpoint.manifest import verify
 from slipstream.checkpoint.open import Checkpoint
-from slipstream.checkpoint.rules import Weight, rows
+from slipstream.checkpoint.rules import ROWWISE, Weight, rows
 from slipstream.checkpoint.support import Rename
 from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into
 from slipstream.errors import CheckpointError
+from slipstream.ops import formats
 from slipstream.ops.formats import Weight as Matrix
 
-Keep = Callable[[str, tuple[int, ...], bool], bool]
+# (parameter, source, shape of the parameter) -> the format to hold the source in; asked for matrices only
+Hold = Callable[[str, TensorInfo, tuple[int, ...]], str]
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 READERS = 2  # parameters on their way at once: also how many are in memory twice
@@ -35,36 +40,51 @@ _UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|^rope_freqs\.weight$
 class Load:
     """One parameter of the model: where it comes from and in which format it will be held.
 
-    `format` is "dense" or a block format; `arrived` is the format in the checkpoint. `shared` marks a head whose
-    weight is the embedding's; `twin` is a head that lies in the file all the same, and must be equal.
+    `formats` has one name of `ops.formats` a source. `group` is how many weights share a scale where int4 is made.
+    `shared` marks a head whose weight is the embedding's; `twin` is a head that lies in the file all the same, and must
+    be equal.
     """
 
     to: str
     sources: tuple[TensorInfo, ...]
     rule: Weight
     shape: tuple[int, ...]
-    format: str
+    formats: tuple[str, ...]
+    group: int = 0
     shared: bool = False
     twin: TensorInfo | None = None
 
     @property
     def arrived(self) -> str:
-        return "+".join(sorted({s.dtype for s in self.sources}))
+        return "+".join(dict.fromkeys(s.dtype for s in self.sources))
+
+    @property
+    def held(self) -> str:
+        return "+".join(dict.fromkeys(self.formats))
 
     @property
     def widened(self) -> bool:
-        """Blocks that will be held as floats."""
-        return self.format == "dense" and any(s.is_quantized for s in self.sources)
+        """Packed weights that will be held as floats."""
+        return any(f == "dense" and s.is_quantized for f, s in zip(self.formats, self.sources, strict=True))
+
+    def parts(self) -> Iterator[tuple[str, tuple[TensorInfo, ...], tuple[int, ...]]]:
+        """Neighbours of one format and where they come from: (format, sources, shape). One part where all agree."""
+        if len(set(self.formats)) == 1:
+            yield self.formats[0], self.sources, self.shape
+            return
+        for format, pairs in itertools.groupby(zip(self.formats, self.sources, strict=True), lambda pair: pair[0]):
+            sources = tuple(source for _, source in pairs)
+            yield format, sources, (sum(s.shape[0] for s in sources), *self.shape[1:])
 
 
 def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint, *, num_layers: int, num_experts: int,
-            tied: bool, keep: Keep, rename: Rename = str) -> tuple[Load, ...]:  # fmt: skip
+            tied: bool, hold: Hold, rename: Rename = str) -> tuple[Load, ...]:  # fmt: skip
     """Match rules, parameters and headers.
 
     Args:
         model: on the meta device.
         tied: the head is the embedding.
-        keep: whether blocks of a format can stay blocks in a matrix of this shape (and whether it is an embedding).
+        hold: which format a matrix, or a part of one, is to be held in.
         rename: the name that the rules know a tensor by; None leaves it out.
 
     Raises:
@@ -90,7 +110,7 @@ def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint,
             owner = model.get_submodule(to.rpartition(".")[0])
             sources = tuple(tensors[n] for n in names)
             twin = tensors.get("lm_head.weight") if shared else None
-            loads[to] = _check(to, sources, rule, parameters[to], owner, shared, keep, twin)
+            loads[to] = _check(to, sources, rule, parameters[to], owner, shared, hold, twin)
     used = {s.name for load in loads.values() for s in (*load.sources, load.twin) if s}
     surplus = [n for n, t in tensors.items() if t.name not in used and not _UNUSED.search(n)]
     absent = [n for to, names in missing.items() if to not in loads for n in names]
@@ -104,7 +124,7 @@ def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint,
 
 
 def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Tensor, owner: nn.Module, shared: bool,
-           keep: Keep, twin: TensorInfo | None) -> Load:  # fmt: skip
+           hold: Hold, twin: TensorInfo | None) -> Load:  # fmt: skip
     for s in sources:
         if not s.is_quantized and s.dtype not in _FLOATS:
             raise CheckpointError(f"{s.file}: {s.name} is {s.dtype}, where a {to} must be one of {', '.join(_FLOATS)}")
@@ -118,22 +138,30 @@ def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Te
         raise CheckpointError(
             f"{sources[0].file}: {names} makes {to} {list(shape)}, but config.json asks for {list(parameter.shape)}"
         )
-    kinds = {s.dtype for s in sources}
-    whole = len(kinds) == 1 and sources[0].is_quantized and rule.transform is rows and hasattr(owner, "accept")
-    stays = whole and keep(sources[0].dtype, shape, to == "embed.weight")
-    return Load(to, sources, rule, shape, sources[0].dtype if stays else "dense", shared, twin)
+    held = tuple(
+        hold(to, s, shape) if hasattr(owner, "accept") and to.endswith(".weight") else "dense" for s in sources
+    )
+    if rule.transform not in ROWWISE and any(s.is_quantized for s in sources):
+        raise CheckpointError(f"{sources[0].file}: {sources[0].name} is {sources[0].dtype}, where numbers are expected")
+    if len(set(held)) > 1 and rule.transform is not rows:
+        raise CheckpointError(
+            f"{sources[0].file}: the experts of {to} arrive in several formats ({', '.join(sorted(set(held)))}), and a stack "
+            "holds one; quantization='dequantize' makes floats of them all"
+        )
+    return Load(to, sources, rule, shape, held, shared=shared, twin=twin)
 
 
 def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device: torch.device,
          progress: Progress | None = None) -> None:  # fmt: skip
-    """Read every parameter and hand it over.
+    """Read every parameter and hand it over. Where the folder has a manifest, its hashes are checked beside that.
 
     Raises:
-        CheckpointError: a file changed or ended while it was read.
+        CheckpointError: a file is damaged, or changed or ended while it was read.
     """
     total = sum(s.nbytes for item in loads if not item.shared for s in item.sources)
     done = 0
-    with ThreadPoolExecutor(READERS) as readers:  # one reads while another lays out
+    with ThreadPoolExecutor(READERS + 1) as readers:  # one reads while another lays out
+        checked = readers.submit(verify, checkpoint.path) if checkpoint.kind == "safetensors" else None
         ahead: deque[tuple[Load, Future[None]]] = deque()
         for item in (*loads, None):
             while ahead and (item is None or item.shared or len(ahead) > READERS):
@@ -144,6 +172,8 @@ def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device
                     progress(done, total)
             if item is not None:
                 ahead.append((item, readers.submit(_place, model, item, checkpoint, device)))
+        if checked is not None:
+            checked.result()
     left = [name for name, p in model.named_parameters() if p.is_meta]
     if left:
         raise AssertionError(f"parameters were never written: {left}")
@@ -153,41 +183,55 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
     """One parameter from the file into its layer."""
     path, _, leaf = item.to.rpartition(".")
     owner: Any = model.get_submodule(path)
-    data: Tensor
     embed: Any = model.get_submodule("embed")
     if item.shared:
-        data = embed.weight
-        if item.twin is not None and not torch.equal(data, _dense(checkpoint, item.twin, data.dtype).to(device)):
+        if item.twin is not None and not _same(embed.held, checkpoint.read_weight(item.twin.name)):
             raise CheckpointError(
                 f"{checkpoint.path}: config.json ties the head to the embedding, but {item.twin.name} differs from "
                 f"{item.sources[0].name}; set tie_word_embeddings to false if the head is meant"
             )
-    elif item.format == "dense":
-        parameter: Tensor = getattr(owner, leaf)
-        data = _read(checkpoint, item, parameter.dtype).to(device=device, dtype=parameter.dtype)
-    else:
-        data = rows([checkpoint.read_blocks(s.name) for s in item.sources]).to(device)
+        owner.accept(embed.held, shared=True)
+        return
+    parameter: Tensor = getattr(owner, leaf)
     if hasattr(owner, "accept") and leaf == "weight":
-        kept = embed.format if item.shared else item.format
-        owner.accept(Matrix(kept, data, (item.shape[0], item.shape[1])), shared=item.shared)
+        made = (_weight(checkpoint, item, *part, parameter.dtype) for part in item.parts())
+        owner.accept(*(w.map(lambda t: t.to(device)) for w in made))
     else:
-        setattr(owner, leaf, nn.Parameter(data.contiguous(), requires_grad=False))
+        data = _numbers(checkpoint, item, item.sources, item.shape, parameter.dtype)
+        setattr(owner, leaf, nn.Parameter(data.to(device).contiguous(), requires_grad=False))
 
 
-def _read(checkpoint: Checkpoint, item: Load, dtype: torch.dtype) -> Tensor:
-    plain = all(s.dtype in DENSE and s.row_permute is None and not s.add for s in item.sources)
-    if not plain or item.rule.transform is not rows or any(DENSE[s.dtype][1] != str(dtype)[6:] for s in item.sources):
-        return item.rule.transform([_dense(checkpoint, s, dtype) for s in item.sources])
-    data = torch.empty(item.shape, dtype=dtype)  # rows as they stand in the file: read them to where they belong
-    parts = data.view(-1).view(torch.uint8).split([s.nbytes for s in item.sources])
-    for source, part in zip(item.sources, parts, strict=True):
-        read_into(source, part)
-    return data
+def _weight(checkpoint: Checkpoint, item: Load, format: str, sources: Sequence[TensorInfo], shape: tuple[int, ...],
+            dtype: torch.dtype) -> Matrix:  # fmt: skip
+    """A part of a matrix in the format in which it is held."""
+    if format == "dense":
+        return Matrix("dense", _numbers(checkpoint, item, sources, shape, dtype), shape)
+    if all(s.format == format for s in sources):
+        return formats.joined(item.rule.transform, [checkpoint.read_weight(s.name) for s in sources], shape)
+    exact = dtype if all(DENSE.get(s.dtype, ("", ""))[1] == str(dtype)[6:] for s in sources) else torch.float32
+    return formats.encode(_numbers(checkpoint, item, sources, shape, exact).contiguous(), format, item.group)
 
 
-def _dense(checkpoint: Checkpoint, source: TensorInfo, dtype: torch.dtype) -> Tensor:
+def _numbers(checkpoint: Checkpoint, item: Load, sources: Sequence[TensorInfo], shape: tuple[int, ...],
+             dtype: torch.dtype) -> Tensor:  # fmt: skip
     """As `dtype`; numbers of a higher precision are rounded once, here."""
-    return checkpoint.dequantize(source.name, dtype) if source.is_quantized else checkpoint.read(source.name).to(dtype)
+    plain = all(s.dtype in DENSE and not s.parts and s.row_permute is None and not s.add for s in sources)
+    if plain and item.rule.transform is rows and all(DENSE[s.dtype][1] == str(dtype)[6:] for s in sources):
+        data = torch.empty(shape, dtype=dtype)  # rows as they stand in the file: read them to where they belong
+        parts = data.view(-1).view(torch.uint8).split([s.nbytes for s in sources])
+        for source, part in zip(sources, parts, strict=True):
+            read_into(source, part)
+        return data
+    made = item.rule.transform([checkpoint.dequantize(s.name, dtype) for s in sources])
+    return made.to(dtype)
+
+
+def _same(held: Matrix, twin: Matrix) -> bool:
+    """Whether two weights stand for the same numbers."""
+    if held.format == twin.format != "dense":
+        return torch.equal(held.data.cpu(), twin.data)
+    dtype = held.data.dtype if held.format == "dense" else torch.float32
+    return torch.equal(formats.decode(held, dtype).cpu(), formats.decode(twin, dtype))
 
 
 def _some(names: Sequence[str]) -> str:

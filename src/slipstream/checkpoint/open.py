@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from slipstream.checkpoint.files import member, read_object
 from slipstream.checkpoint.gguf import is_split, read_gguf
 from slipstream.checkpoint.gguf_names import to_hugging_face
+from slipstream.checkpoint.manifest import check_sizes
+from slipstream.checkpoint.packed import gather
 from slipstream.checkpoint.safetensors import read_folder
 from slipstream.checkpoint.tensors import TensorInfo, read_dense, read_rows
 from slipstream.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+    from slipstream.ops.formats import Weight
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -47,24 +51,37 @@ class Checkpoint:
         """A dense tensor in its own dtype and logical shape."""
         info = self._info(name)
         if info.is_quantized:
-            raise CheckpointError(f"{self.path}: {name} is packed as {info.dtype}; read its blocks or dequantize it")
+            raise CheckpointError(f"{self.path}: {name} is packed as {info.dtype}; read its weight or dequantize it")
         return read_dense(info)
 
-    def read_blocks(self, name: str) -> torch.Tensor:
-        """The packed blocks of a quantized tensor, uint8 of shape (rows, bytes_per_row)."""
+    def read_weight(self, name: str) -> Weight:
+        """Any tensor as it is held in the file: numbers, GGUF's blocks, or data and scales."""
+        from slipstream.ops.formats import Weight, packed_shapes
+
         info = self._info(name)
+        if info.parts:
+            import torch
+
+            data, scales = (read_dense(p) for p in info.parts)
+            width = info.shape[-1]
+            shapes = packed_shapes(info.format, info.shape, width // info.parts[1].shape[-1])
+            data = data if info.format == "int8" else data.view(torch.uint8)
+            return Weight(info.format, data.view(shapes[0]), info.shape, scales.view(shapes[1]))
         if not info.is_quantized:
-            raise CheckpointError(f"{self.path}: {name} is {info.dtype}, which has no blocks; read it as it is")
-        return read_rows(info)
+            return Weight("dense", read_dense(info), info.shape)
+        rows = read_rows(info)
+        if info.format != "mxfp4":
+            return Weight(info.format, rows, info.shape)
+        from slipstream.ops.formats.blocks import mxfp4_from_gguf
+
+        data, scales = mxfp4_from_gguf(rows)
+        return Weight("mxfp4", data, info.shape, scales)
 
     def dequantize(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Any tensor as `dtype` in its logical shape."""
-        info = self._info(name)
-        if not info.is_quantized:
-            return read_dense(info).to(dtype)
-        from slipstream.ops.formats.blocks import dequantize_rows
+        from slipstream.ops.formats import decode
 
-        return dequantize_rows(read_rows(info), info.dtype, dtype).view(info.shape)
+        return decode(self.read_weight(name), dtype)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -103,7 +120,9 @@ def _open_folder(folder: Path) -> Checkpoint:
         config = read_object(member(folder, "config.json"))
         has_generation = "generation_config.json" in names
         generation = read_object(member(folder, "generation_config.json")) if has_generation else {}
-        return Checkpoint(folder, "safetensors", config, read_folder(folder), generation)
+        tensors = gather(read_folder(folder), config, folder)
+        check_sizes(folder, [n for n in names if n.endswith(".safetensors")])
+        return Checkpoint(folder, "safetensors", config, tensors, generation)
     ggufs = [n for n in names if n.endswith(".gguf")]
     if len(ggufs) == 1 or (ggufs and all(is_split(folder / n) for n in ggufs)):
         return _open_gguf(member(folder, ggufs[0]))

@@ -33,6 +33,13 @@ def stack_gate_up(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.cat((gate, up), 0) for gate, up in zip(parts[::2], parts[1::2], strict=True)])
 
 
+def part_rows(parts: Sequence[Tensor]) -> Tensor:
+    """(experts, 2 * intermediate, ...), where gate and up rows alternate -> gate rows first (gpt-oss in MXFP4)."""
+    import torch
+
+    return torch.cat((parts[0][:, ::2], parts[0][:, 1::2]), 1)
+
+
 def transpose_experts(parts: Sequence[Tensor]) -> Tensor:
     """(experts, in, out) -> (experts, out, in)."""
     return parts[0].transpose(1, 2)
@@ -50,6 +57,9 @@ def part_gate_up(parts: Sequence[Tensor]) -> Tensor:
 def plus_one(parts: Sequence[Tensor]) -> Tensor:
     """weight -> 1 + weight in float32, for norms that are stored so (Gemma)."""
     return parts[0].float() + 1
+
+
+ROWWISE = (rows, stack_experts, stack_gate_up, part_rows)  # these take rows as wholes, so they work on packed ones too
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ class EngineConfig:
     Attributes:
         device: cpu, cuda, cuda:N, mps.
         dtype: auto, float32, bfloat16 or float16: of activations, and of weights that are not quantized.
-        quantization: auto keeps weights as the checkpoint has them where an op can run them; none widens to dtype.
+        quantization: auto holds every weight as the checkpoint has it, and is an error where that cannot run; dequantize widens
+            packed weights to dtype; mxfp4, int8 and int4 quantize linear layers and experts while they load.
         max_model_len: longest prompt + answer, tokens.
         max_num_seqs: requests that run together.
         max_num_batched_tokens: tokens computed in one step.
@@ -59,7 +60,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
-        self._one_of("quantization", ("auto", "none"))
+        self._one_of("quantization", ("auto", "dequantize", "mxfp4", "int8", "int4"))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
             raise ConfigError(f"device: must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
         for name, low in (

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings, whose weights may stay in the blocks in which they arrived."""
+"""Linear layers, stacks of them (experts) and embeddings, whose weights may stay packed as they arrived."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slipstream.ops.formats.blocks import dequantize_rows
 from slipstream.layers.ops import Ops
-from slipstream.ops.formats import Weight
+from slipstream.ops.formats import Weight, decode
 from slipstream.ops.linear import LinearKernel
 
 
@@ -24,40 +23,79 @@ class Linear(nn.Module):
     def __init__(self, ops: Ops, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.ops = ops
-        self.in_features, self.out_features = in_features, out_features
         self.weight: nn.Parameter | None = _meta(out_features, in_features, dtype=ops.dtype)
         self.bias = _meta(out_features, dtype=ops.dtype) if bias else None
-        self.kernel: LinearKernel | None = None
-        self.packed: tuple[Tensor, ...] = ()
+        self.parts: list[tuple[LinearKernel, tuple[Tensor, ...]]] = []
 
-    def accept(self, weight: Weight, *, shared: bool = False) -> None:
-        """Take the weight in; the parameter gives way to what the kernel made of it."""
-        self.kernel = self.ops.linear(weight.format, self.out_features, self.in_features, shared)
-        self.packed = self.kernel.prepare(weight, self.ops.dtype)
+    def accept(self, *weights: Weight, shared: bool = False) -> None:
+        """Take the weight in; the parameter gives way to what the kernel made of it.
+
+        Args:
+            weights: more than one where a fused matrix arrived in parts of different formats, one above the other.
+            shared: it is the embedding's too.
+        """
+        for weight in weights:
+            kernel = self.ops.linear(weight.format, weight.shape[0], weight.shape[1], shared)
+            self.parts.append((kernel, kernel.prepare(weight, self.ops.dtype)))
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in) -> (tokens, out)
-        return self.kernel(x, self.packed, self.bias)  # type: ignore[misc]
+        if len(self.parts) == 1:
+            kernel, packed = self.parts[0]
+            return kernel(x, packed, self.bias)
+        out = torch.cat([kernel(x, packed, None) for kernel, packed in self.parts], -1)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class Experts(nn.Module):
+    """A stack of linear layers of one shape, called by number.
+
+    Args:
+        num_experts, in_features, out_features: (tokens, in_features) -> (tokens, out_features) for each of them.
+        bias: whether each has one.
+    """
+
+    def __init__(self, ops: Ops, num_experts: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.ops = ops
+        self.weight: nn.Parameter | None = _meta(num_experts, out_features, in_features, dtype=ops.dtype)
+        self.bias = _meta(num_experts, out_features, dtype=ops.dtype) if bias else None
+        self.kernel: LinearKernel | None = None
+        self.packed: list[tuple[Tensor, ...]] = []
+
+    def accept(self, weight: Weight, *, shared: bool = False) -> None:
+        """Take a stack (experts, out, in) in."""
+        num_experts, out, width = weight.shape
+        kernel = self.kernel = self.ops.linear(weight.format, out, width, False)
+        self.weight = None
+        for e in range(num_experts):
+            one = weight.map(lambda t, e=e: t[e], (out, width))  # type: ignore[misc]
+            self.packed.append(kernel.prepare(one, self.ops.dtype))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:  # (tokens, in) -> (tokens, out)
+        bias = None if self.bias is None else self.bias[expert]
+        return self.kernel(x, self.packed[expert], bias)  # type: ignore[misc]
 
 
 class Embedding(nn.Module):
-    """Token vectors; rows that are stored in blocks are turned into numbers as they are looked up."""
+    """Token vectors; rows that are packed are turned into numbers as they are looked up."""
 
     def __init__(self, ops: Ops, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.ops = ops
-        self.format = "dense"
-        self.weight: nn.Parameter | Tensor = _meta(vocab_size, hidden_size, dtype=ops.dtype)
+        self.weight: nn.Parameter | None = _meta(vocab_size, hidden_size, dtype=ops.dtype)
+        self.held: Weight | None = None
 
     def accept(self, weight: Weight, *, shared: bool = False) -> None:
-        del self.weight
-        self.format = weight.format
-        self.weight = weight.data.to(self.ops.dtype) if weight.format == "dense" else weight.data
+        self.weight, self.held = None, weight
 
     def forward(self, token_ids: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden)
-        if self.format == "dense":
-            return F.embedding(token_ids, self.weight)
-        return dequantize_rows(self.weight[token_ids], self.format, self.ops.dtype)
+        held = self.held
+        if held is None:
+            raise AssertionError("the embedding has not been loaded")
+        if held.format == "dense":
+            return F.embedding(token_ids, held.data)
+        return decode(held.map(lambda t: t[token_ids], (len(token_ids), held.shape[1])), self.ops.dtype)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slipstream.config import ModelConfig
-from slipstream.layers.linear import Linear
+from slipstream.layers.linear import Experts, Linear
 from slipstream.layers.ops import Ops
 
 
@@ -49,15 +48,12 @@ class MoE(nn.Module):
         self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
         n, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.router = Linear(ops, hidden, n, bias=bias)
-        self.gate_up = _meta(ops, n, 2 * inner, hidden)
-        self.down = _meta(ops, n, hidden, inner)
-        self.gate_up_bias = _meta(ops, n, 2 * inner) if bias else None
-        self.down_bias = _meta(ops, n, hidden) if bias else None
+        self.gate_up = Experts(ops, n, hidden, 2 * inner, bias=bias)
+        self.down = Experts(ops, n, inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
         ids, weights = self.route(self.router(x))
-        biases = self.gate_up_bias, self.down_bias
-        return self.experts(x, ids, weights, self.gate_up, self.down, *biases, kind=self.kind, limit=self.limit)
+        return self.experts(x, ids, weights, self.gate_up, self.down, kind=self.kind, limit=self.limit)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, experts) -> ids, weights (tokens, top_k)
         if not self.softmax_first:
@@ -65,7 +61,3 @@ class MoE(nn.Module):
             return ids, F.softmax(best.float(), -1)
         weights, ids = F.softmax(logits.float(), -1).topk(self.top_k, -1)
         return ids, weights / weights.sum(-1, keepdim=True) if self.renormalize else weights
-
-
-def _meta(ops: Ops, *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=ops.dtype, device="meta"), requires_grad=False)

@@ -11,7 +11,7 @@ _M = "model.layers.{layer}.block_sparse_moe."
 _E = _M + "experts.{expert}."
 EXPERTS = (
     Weight("layers.{layer}.mlp.router.weight", (_M + "gate.weight",)),
-    Weight("layers.{layer}.mlp.gate_up", (_E + "w1.weight", _E + "w3.weight"), "expert", stack_gate_up),
-    Weight("layers.{layer}.mlp.down", (_E + "w2.weight",), "expert", stack_experts),
+    Weight("layers.{layer}.mlp.gate_up.weight", (_E + "w1.weight", _E + "w3.weight"), "expert", stack_gate_up),
+    Weight("layers.{layer}.mlp.down.weight", (_E + "w2.weight",), "expert", stack_experts),
 )
 WEIGHTS = ENDS + NORMS + PROJECTIONS + EXPERTS

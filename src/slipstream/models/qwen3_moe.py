@@ -11,7 +11,9 @@ _M = "model.layers.{layer}.mlp."
 _E = _M + "experts.{expert}."
 EXPERTS = (
     Weight("layers.{layer}.mlp.router.weight", (_M + "gate.weight",)),
-    Weight("layers.{layer}.mlp.gate_up", (_E + "gate_proj.weight", _E + "up_proj.weight"), "expert", stack_gate_up),
-    Weight("layers.{layer}.mlp.down", (_E + "down_proj.weight",), "expert", stack_experts),
+    Weight(
+        "layers.{layer}.mlp.gate_up.weight", (_E + "gate_proj.weight", _E + "up_proj.weight"), "expert", stack_gate_up
+    ),
+    Weight("layers.{layer}.mlp.down.weight", (_E + "down_proj.weight",), "expert", stack_experts),
 )
 WEIGHTS = ENDS + NORMS + PROJECTIONS + QK_NORMS + DENSE + EXPERTS

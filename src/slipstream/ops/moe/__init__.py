@@ -1,14 +1,20 @@
-"""Mixture of experts after the router: experts(x, ids, weights, gate_up, down, ...) -> like x.
+"""Mixture of experts after the router: experts(x, ids, weights, gate_up, down, *, kind, limit) -> like x.
 
-x (tokens, hidden); ids, weights (tokens, top_k); gate_up (experts, 2 * intermediate, hidden), gate rows first;
-down (experts, hidden, intermediate); optional biases (experts, 2 * intermediate) and (experts, hidden).
+x (tokens, hidden); ids, weights (tokens, top_k). gate_up(x, e) -> (tokens, 2 * intermediate), gate first, and
+down(x, e) -> (tokens, hidden) are the linear layers of expert e, with their biases, in whatever format they are held.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from slipstream.ops.choose import Case, Impl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Expert = Callable[["Tensor", int], "Tensor"]
 
 
 def _reference() -> Any:
@@ -17,8 +23,8 @@ def _reference() -> Any:
     return experts
 
 
-def _torch() -> Any:
-    from slipstream.ops.moe.torch import experts
+def _loop() -> Any:
+    from slipstream.ops.moe.loop import experts
 
     return experts
 
@@ -27,4 +33,4 @@ def _always(case: Case) -> str | None:
     return None
 
 
-IMPLS = (Impl("torch", _torch, _always), Impl("reference", _reference, _always))
+IMPLS = (Impl("loop", _loop, _always), Impl("reference", _reference, _always))

@@ -8,15 +8,14 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from slipstream.cache.budget import divide_pages
 from slipstream.cache.spec import CacheGroup
-from slipstream.checkpoint.load import Load, dry_run
+from slipstream.checkpoint.load import Load
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.checkpoint.support import check_layers, refuse_quantized
 from slipstream.config import EngineConfig, ModelConfig
@@ -27,6 +26,7 @@ from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, linear, moe, norm, rope, sampling, store_kv
 from slipstream.ops.choose import Case, Choice, choose
+from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
 
 
@@ -91,8 +91,8 @@ class Plan:
     def _weights(self) -> dict[tuple[str, str], tuple[int, int]]:
         found: dict[tuple[str, str], tuple[int, int]] = {}
         for item, size in zip(self.loads, self.held, strict=True):
-            held = dtype_name(self.dtype) if item.format == "dense" else item.format
-            held = held + " (shared with the embedding)" if item.shared and item.format == "dense" else held
+            held = item.held.replace("dense", dtype_name(self.dtype))
+            held = held + " (shared with the embedding)" if item.shared and item.held == "dense" else held
             n, b = found.get((item.arrived, held), (0, 0))
             found[item.arrived, held] = (n + 1, b + size)
         return found
@@ -121,11 +121,11 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     dtype = _dtype(asked, config, checkpoint, hardware, why)
     choices, ops_table = _choose(asked, config, hardware, dtype)
     model = home.build(ops_table, config)
-    loads = _loads(asked, checkpoint, config, model, home.WEIGHTS, rename, ops_table, why)
+    loads = plan_loads(asked, checkpoint, config, model, home, ops_table, hardware.device.split(":")[0], why)
     choices += _linear_choices(asked, loads, hardware, dtype)
 
     groups = home.cache_spec(config)
-    held = tuple(_held_bytes(item, ops_table) for item in loads)
+    held = tuple(held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
     batched = asked.max_num_batched_tokens
     workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
@@ -172,7 +172,7 @@ def _dtype(
     if asked.dtype != "auto":
         why["dtype"] = "asked for"
         return getattr(torch, asked.dtype)
-    blocks = any(t.is_quantized for t in checkpoint.tensors.values())
+    blocks = any(t.is_quantized and not t.parts for t in checkpoint.tensors.values())  # GGUF does not say
     name = "bfloat16" if blocks else config.dtype
     why["dtype"] = "quantized weights run in bfloat16" if blocks else "the checkpoint's own"
     if name == "float16" and hardware.device == "cpu":
@@ -199,6 +199,8 @@ def _choose(
         "sampling": choose("sampling", sampling.IMPLS, case),
         "moe": choose("moe", moe.IMPLS, case),
     }
+    if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
+        choose("linear", linear.IMPLS, case, asked.linear_implementation)  # says which there are
     kernels: dict[tuple[Any, ...], Any] = {}
 
     def kernel(format: str, out_features: int, in_features: int, shared: bool) -> Any:
@@ -226,76 +228,20 @@ def _linear(
     return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
 
 
-def _loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, model: Transformer, weights: Any, rename: Any,
-           ops_table: Ops, why: dict[str, str]) -> tuple[Load, ...]:  # fmt: skip
-    refused: dict[str, str] = {}
-
-    def keep(format: str, shape: tuple[int, ...], embedding: bool) -> bool:
-        if asked.quantization == "none":
-            refused[format] = "quantization='none' was asked for"
-            return False
-        if embedding and format not in ("Q8_0", "Q4_0", "Q4_1"):
-            refused[format] = "rows of an embedding are looked up in Q8_0, Q4_0 and Q4_1 only"
-            return False
-        if embedding and not config.tie_word_embeddings:
-            return True
-        try:
-            ops_table.linear(format, shape[0], shape[1], embedding)
-        except KernelError as e:
-            refused.setdefault(format, str(e))
-            return False
-        return True
-
-    loads = dry_run(
-        model, weights, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,
-        tied=config.tie_word_embeddings, keep=keep, rename=rename,
-    )  # fmt: skip
-    embedding = next(item for item in loads if item.to == "embed.weight")
-    loads = tuple(_tie(item, embedding) for item in loads)
-    for item in loads:
-        if item.widened:
-            name = dtype_name(ops_table.dtype)
-            experts = "experts are multiplied as floats"
-            reason = (
-                experts
-                if len(item.shape) == 3
-                else refused.get(item.arrived, "parts of one matrix arrive in different formats")
-            )
-            why.setdefault(f"{item.arrived} widened to {name}", reason)
-    return loads
-
-
-def _tie(item: Load, embedding: Load) -> Load:
-    """A shared head is held as the embedding is."""
-    return replace(item, format=embedding.format) if item.shared else item
-
-
 def _linear_choices(
     asked: EngineConfig, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
 ) -> list[Choice]:
     found: dict[tuple[str, str], Choice] = {}
     for item in loads:
-        if item.to.endswith(".weight") and len(item.shape) == 2 and item.to != "embed.weight":
-            c = _linear(asked, hardware, dtype, item.format, item.shape[0], item.shape[1], item.shared)
-            found.setdefault((c.op, c.name), c)
+        if item.to.endswith(".weight") and len(item.shape) > 1 and item.to != "embed.weight":
+            for format, _, shape in item.parts():
+                c = _linear(asked, hardware, dtype, format, shape[-2], shape[-1], item.shared)
+                found.setdefault((c.op, c.name), c)
     forced = asked.linear_implementation
     if forced is not None and all(c.name != forced for c in found.values()):
         reasons = "; ".join(f"{c.op}: {why}" for c in found.values() for name, why in c.rejected if name == forced)
         raise KernelError(f"linear_implementation: {forced!r} can run none of the weights: {reasons}")
     return list(found.values())
-
-
-def _held_bytes(item: Load, ops_table: Ops) -> int:
-    """Bytes in memory: blocks stay as they arrive, unless the kernel lays them out in a way of its own and says so."""
-    if item.format != "dense" and item.to != "embed.weight":
-        kernel = ops_table.linear(item.format, item.shape[0], item.shape[1], item.shared)
-        if hasattr(kernel, "held_bytes"):
-            return kernel.held_bytes(item.format, item.shape, ops_table.dtype)
-    if item.shared:
-        return 0
-    if item.format == "dense":
-        return math.prod(item.shape) * ops_table.dtype.itemsize
-    return sum(s.nbytes for s in item.sources)
 
 
 def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:

@@ -1,0 +1,127 @@
+"""In which format each weight is held, and the bytes that takes: as it arrived or as was asked for, never wider unasked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+
+from slipstream.checkpoint.load import Load, dry_run
+from slipstream.checkpoint.open import Checkpoint
+from slipstream.checkpoint.tensors import TensorInfo
+from slipstream.config import EngineConfig, ModelConfig
+from slipstream.errors import ConfigError, KernelError
+from slipstream.layers.ops import Ops
+from slipstream.layers.transformer import Transformer
+from slipstream.ops.formats import GROUPS, MADE, packed_shapes
+from slipstream.quantization.select import Selection
+
+LOOKED_UP = ("dense", *MADE, "Q8_0", "Q4_0", "Q4_1")  # whose rows torch can decode on any device
+
+
+@dataclass
+class _Holder:
+    """Answers `dry_run` which format a matrix is held in, and notes what cannot run."""
+
+    asked: str
+    takes: Callable[[TensorInfo], bool]
+    tied: bool
+    ops: Ops
+    device: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, to: str, source: TensorInfo, shape: tuple[int, ...]) -> str:
+        if self.asked == "dequantize":
+            return "dense"
+        format = self.asked if self.asked in MADE and self.takes(source) else source.format
+        if format == "dense" or (to == "head.weight" and self.tied):
+            return format
+        embedding = to == "embed.weight"
+        if embedding and self.device != "cpu" and format not in LOOKED_UP:
+            self.refused.setdefault(
+                format, f"rows of an embedding are decoded on a {self.device} device from {LOOKED_UP}"
+            )
+        if not embedding or self.tied:
+            try:
+                self.ops.linear(format, shape[-2], shape[-1], embedding)
+            except KernelError as e:
+                self.refused.setdefault(format, str(e))
+        return format
+
+
+def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig, model: Transformer, home: ModuleType,
+               ops: Ops, device: str, why: dict[str, str]) -> tuple[Load, ...]:  # fmt: skip
+    """Match the checkpoint with the model, and decide the format of every weight.
+
+    Raises:
+        CheckpointError: they do not fit each other.
+        KernelError: a weight cannot run here as it arrived, or as was asked for; says what widening would cost.
+        ConfigError: a weight has no form in the format that was asked for.
+    """
+    rename = getattr(home, "rename", str)
+    made = asked.quantization if asked.quantization in MADE else None
+    selection = Selection(format=made or MADE[0], model_type=config.model_type)
+
+    def takes(source: TensorInfo) -> bool:
+        name = rename(source.name)
+        return not source.parts and name is not None and selection.takes(name, source.shape)
+
+    covered = {t.name: t.shape for t in checkpoint.tensors.values() if made and takes(t)}
+    group = selection.check(covered) if covered else 0
+    if made and not covered and all(t.format != made for t in checkpoint.tensors.values()):
+        raise ConfigError(f"quantization: there is no weight in {checkpoint.path} that could be held as {made}")
+    hold = _Holder(asked.quantization, takes, config.tie_word_embeddings, ops, device)
+    loads = dry_run(
+        model, home.WEIGHTS, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,
+        tied=config.tie_word_embeddings, hold=hold, rename=rename,
+    )  # fmt: skip
+    embedding = next(item for item in loads if item.to == "embed.weight")
+    loads = tuple(replace(item, formats=embedding.formats) if item.shared else item for item in loads)
+    if hold.refused:
+        raise KernelError(_refusal(hold.refused, loads, ops.dtype))
+    if made:
+        loads = tuple(replace(item, group=group) for item in loads)
+        why["quantization"] = f"{made} was asked for: {len(covered)} tensors are quantized as they load"
+    for item in loads:
+        if item.widened:
+            why[f"{item.arrived} widened to {str(ops.dtype)[6:]}"] = "quantization='dequantize' was asked for"
+    return loads
+
+
+def _refusal(refused: dict[str, str], loads: tuple[Load, ...], dtype: torch.dtype) -> str:
+    packed = wide = 0
+    for item in loads:
+        for format, source in zip(item.formats, item.sources, strict=True):
+            if format in refused and not item.shared:
+                packed += source.nbytes
+                wide += math.prod(source.shape) * dtype.itemsize
+    return (
+        f"quantization: weights cannot run here as {', '.join(refused)}; quantization='dequantize' would hold them as "
+        f"{str(dtype)[6:]}, {wide / 2**30:.2f} GiB where the file has {packed / 2**30:.2f}. {'; '.join(refused.values())}"
+    )
+
+
+def held_bytes(item: Load, ops: Ops) -> int:
+    """Bytes in memory: as packed in the file, unless the kernel lays it out in a way of its own and says so."""
+    total = 0
+    for format, sources, shape in item.parts():
+        if format == "dense":
+            total += 0 if item.shared else math.prod(shape) * ops.dtype.itemsize
+            continue
+        kernel = None if item.to == "embed.weight" else ops.linear(format, shape[-2], shape[-1], item.shared)
+        if kernel is not None and hasattr(kernel, "held_bytes"):
+            total += math.prod(shape[:-2]) * kernel.held_bytes(format, shape[-2:], ops.dtype)
+        elif not item.shared:
+            total += packed_bytes(item, format, sources, shape)
+    return total
+
+
+def packed_bytes(item: Load, format: str, sources: tuple[TensorInfo, ...], shape: tuple[int, ...]) -> int:
+    """Bytes of data and scales in the format's own layout."""
+    if all(s.format == format for s in sources):
+        return sum(s.nbytes for s in sources)
+    data, scales = packed_shapes(format, shape, item.group)
+    return math.prod(data) + math.prod(scales) * (1 if format == "mxfp4" else 2)
