@@ -18,9 +18,9 @@ SRC = ROOT / "src" / "slipstream"
 
 # A module imports only what stands before it here. docs/decisions/0001-order-of-modules.md says why it is this order.
 ORDER = (
-    "errors", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint", "quantization",
-    "tokenizer_gguf", "tokenizer", "sandbox", "chat", "harmony", "sources",
-    "layers", "models", "scheduler", "hardware", "plan", "engine", "conversation", "llm",
+    "errors", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint",
+    "tokenizer_gguf", "tokenizer", "sandbox", "chat", "harmony", "sources", "quantization",
+    "layers", "models", "scheduler", "hardware", "plan", "engine", "conversation", "llm", "evaluation",
 )  # fmt: skip
 # The fronts stand below all of these. `cli` may import the others; they do not import each other.
 FRONTS = ("server", "bench", "tuning", "bridge", "cli")

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
         TrustError,
     )
     from slipstream.llm import LLM
+    from slipstream.quantization.quantize import quantize
     from slipstream.request import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "slipstream.llm",
+    "quantize": "slipstream.quantization.quantize",
     "SamplingParams": "slipstream.request",
     "SlipstreamError": "slipstream.errors",
     "ConfigError": "slipstream.errors",
@@ -41,6 +43,7 @@ __all__ = [
     "SamplingParams",
     "SlipstreamError",
     "TrustError",
+    "quantize",
 ]
 
 

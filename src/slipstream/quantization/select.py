@@ -30,7 +30,7 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight").removesuffix("_blocks")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Selection:
     """What was asked for.
 
