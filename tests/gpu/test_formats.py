@@ -1,0 +1,69 @@
+"""Products by packed weights on a CUDA device against float64. Run with: pytest -m gpu tests/gpu/test_formats.py"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slipstream.ops.choose import Case, choose
+from slipstream.ops.formats import Weight
+from slipstream.ops.linear import IMPLS
+from slipstream.ops.linear.triton import Triton
+from tests.ops.test_triton import FORMATS, all_codes_and_scales, error, one_bad_block, product
+
+pytestmark = pytest.mark.gpu
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# The result is rounded to 8 or 11 bits; a wrong code, scale or row is far off.
+TOLERANCE = {F32: 3e-6, BF16: 4e-3, F16: 1e-3}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 100, 513])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_odd_sizes(format: str, dtype: torch.dtype, tokens: int) -> None:
+    assert error(format, tokens, dtype, "cuda") < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 65, 513])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [5760, 2880])
+@pytest.mark.parametrize("format", ["mxfp4", "int8", "int4-64", "Q4_1"])
+def test_the_shapes_of_gpt_oss(format: str, rows: int, dtype: torch.dtype, tokens: int) -> None:
+    assert error(format, tokens, dtype, "cuda", rows=rows, width=2880) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_every_code_with_every_scale_is_exact(dtype: torch.dtype) -> None:
+    all_codes_and_scales(dtype, "cuda")
+
+
+def test_a_nan_scale_reaches_its_row_and_no_other() -> None:
+    one_bad_block("cuda")
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_more_than_two_billion_weights(tokens: int) -> None:
+    rows, width = 800_003, 2880
+    data = torch.zeros(rows, width, dtype=torch.int8, device="cuda")
+    data[-1] = torch.arange(width, device="cuda") % 5 - 2
+    scales = torch.ones(rows, 1, dtype=BF16, device="cuda")
+    x = torch.randn(tokens, width, device="cuda")
+    found = product(x, Triton().prepare(Weight("int8", data, (rows, width), scales), F32), None)
+    assert not found[:, :-1].any()
+    torch.testing.assert_close(found[:, -1].double(), x.double() @ data[-1].double(), rtol=1e-5, atol=1e-3)
+
+
+def test_the_same_numbers_twice() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2880, device="cuda").bfloat16()
+    data = torch.randint(0, 256, (5760, 90, 16), dtype=torch.uint8, device="cuda")
+    scales = torch.randint(118, 123, (5760, 90), dtype=torch.uint8, device="cuda")
+    packed = Triton().prepare(Weight("mxfp4", data, (5760, 2880), scales), BF16)
+    first = Triton()(x, packed, None)
+    assert all(torch.equal(Triton()(x, packed, None), first) for _ in range(3))
+
+
+def test_it_is_what_is_chosen() -> None:
+    facts = {"format": "mxfp4", "in_features": 96, "out_features": 40}
+    case = Case("cuda", "bfloat16", torch.cuda.get_device_capability(), facts)
+    assert choose("linear", IMPLS, case).name == "triton"
