@@ -2,7 +2,7 @@
 
 Run as a program in a process of its own, whose memory is limited before the first case:
 
-    python tests/checkpoint/fuzz.py {header,index,config,gguf,flood} FIRST COUNT
+    python tests/checkpoint/fuzz.py {header,index,config,packed,gguf,flood} FIRST COUNT
 
 Prints one JSON object: how many opened, how many were refused, the slowest case and its seconds of CPU, the peak of
 memory, and what went wrong.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import resource
 import shutil
@@ -32,6 +33,7 @@ from safetensors.numpy import save_file
 from slipstream.checkpoint.files import MAX_COLONS, MAX_COLONS_HEADER, MAX_MARKS, MAX_MARKS_HEADER, MAX_TENSORS
 from slipstream.checkpoint.gguf import MAX_ITEMS
 from slipstream.checkpoint.open import Checkpoint, open_checkpoint
+from slipstream.checkpoint.tensors import DENSE
 from slipstream.config import ModelConfig
 from slipstream.errors import SlipstreamError
 
@@ -46,8 +48,21 @@ CONFIG = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
-    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
 }  # fmt: skip
+WEIGHTS = {"symmetric": True, "dynamic": False, "actorder": None, "block_structure": None, "type": "int"}
+INT4 = WEIGHTS | {"num_bits": 4, "strategy": "group", "group_size": 32}
+INT8 = WEIGHTS | {"num_bits": 8, "strategy": "channel", "group_size": None}
+QUANTIZED: list[dict[str, Any]] = [
+    {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    {
+        "quant_method": "compressed-tensors", "format": "mixed-precision", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "sparsity_config": {}, "transform_config": {}, "config_groups": {
+            "a": {"targets": ["Linear"], "weights": INT4, "input_activations": None, "format": "pack-quantized"},
+            "b": {"targets": ["re:.*up"], "weights": INT8, "format": "int-quantized"},
+            "c": {"targets": ["x"], "weights": INT4 | {"type": "float"}, "format": "mxfp4-pack-quantized"},
+        },
+    },
+]  # fmt: skip
 MODEL_TYPES = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3", "phi3"]
 MODEL_TYPES += ["olmo2", "smollm3", "gpt_oss", "mamba"]
 # What a JSON text cannot be made of through json.dumps stands in it as a word that is replaced afterwards.
@@ -205,9 +220,66 @@ def make_index(folder: Path, rng: random.Random) -> None:
             (folder / file).write_bytes(frame(spoil_json(header, rng), data, rng))
 
 
+def packed(file: Path, method: int) -> None:
+    """Weights as QUANTIZED[method] says, without a fault."""
+    a, b, c, x = "a.weight", "b.weight", "c.weight", "x_proj"
+    u8, i32, bf16 = np.uint8, np.int32, np.uint16
+    shapes: list[dict[str, tuple[tuple[int, ...], Any]]] = [
+        {x + "_blocks": ((3, 5, 2, 16), u8), x + "_scales": ((3, 5, 2), u8), x + "_bias": ((3, 5), bf16)},
+        {
+            a + "_packed": ((3, 8), i32), a + "_scale": ((3, 2), bf16), a + "_shape": ((2,), np.int64),
+            b: ((5, 7), np.int8), b + "_scale": ((5, 1), bf16),
+            c + "_packed": ((7, 48), u8), c + "_scale": ((7, 3), u8), "d.weight": ((3, 4), bf16),
+        },
+    ]  # fmt: skip
+    save_file({name: np.ones(shape, dtype) for name, (shape, dtype) in shapes[method].items()}, file)
+    header, data = split(file)
+    text = json.dumps(header).replace('"U16"', '"BF16"').encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def make_packed(folder: Path, rng: random.Random) -> None:
+    method, file = rng.randrange(2), folder / "model.safetensors"
+    packed(file, method)
+    header, data = split(file)
+    config = CONFIG | {"quantization_config": QUANTIZED[method]}
+    raw = json.dumps(config).encode()
+    if rng.random() < 0.4:
+        raw = b"%s, %s}" % (
+            json.dumps(CONFIG).encode()[:-1],
+            b'"quantization_config": ' + spoil_json(QUANTIZED[method], rng),
+        )
+    elif rng.random() < 0.5:
+        file.write_bytes(frame(spoil_json(header, rng), data, rng))
+    else:  # what still is a safetensors file: parts that do not fit each other
+        for _ in range(rng.choice((1, 1, 2))):
+            name = rng.choice(sorted(header))
+            entry, how = header.pop(name), rng.randrange(4)
+            shape = entry["shape"]
+            if how == 0:
+                rng.shuffle(shape)
+            elif how == 1:
+                entry["shape"] = rng.choice(([*shape, 1], [1, *shape], [math.prod(shape)], [*shape, 0, 2**62]))
+            elif how == 2:
+                entry["dtype"] = rng.choice(["U8", "I8", "BF16", "I32", "F16", "F8_E8M0", "I64"])
+            name = name if how < 3 else rng.choice((name + "_scale", name[:-1], "y", "b.weight", "a.weight_zero_point"))
+            header[name] = entry
+        end = 0
+        for entry in header.values():
+            size = math.prod(entry["shape"]) * DENSE[entry["dtype"]][0]
+            entry["data_offsets"], end = [end, end + size], end + size
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    (folder / "config.json").write_bytes(raw)
+
+
 def make_config(folder: Path, rng: random.Random) -> None:
-    save_file({"x": np.zeros(5, np.uint8)}, folder / "model.safetensors")
-    config = CONFIG | {"model_type": rng.choice(MODEL_TYPES)}
+    config, file = CONFIG | {"model_type": rng.choice(MODEL_TYPES)}, folder / "model.safetensors"
+    if rng.random() < 0.3:
+        packed(file, 0)
+        config["quantization_config"] = QUANTIZED[0]
+    else:
+        save_file({"x": np.zeros(5, np.uint8)}, file)
     (folder / "config.json").write_bytes(spoil_json(config, rng))
     if rng.random() < 0.1:
         (folder / "generation_config.json").write_bytes(spoil_json({"eos_token_id": [1, 2], "top_p": 0.9}, rng))
@@ -372,6 +444,20 @@ def flood(piece: bytes, colons: int, marks: int) -> bytes:
     return b'{"a":[' + body[:-1] + b"]}"
 
 
+def flood_packed(folder: Path, case: int) -> None:
+    """More packed weights than models have, or as many groups as JSON may hold."""
+    groups = {str(i): QUANTIZED[1]["config_groups"]["c"] for i in range(20_000 if case else 1)}
+    said = QUANTIZED[1] | {"config_groups": groups}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": said}))
+    count = 10 if case else 30_000
+    header: dict[str, Any] = {}
+    for i in range(count):
+        header[f"{i}.weight_packed"] = {"dtype": "U8", "shape": [1, 32], "data_offsets": [34 * i, 34 * i + 32]}
+        header[f"{i}.weight_scale"] = {"dtype": "U8", "shape": [1, 2], "data_offsets": [34 * i + 32, 34 * i + 34]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(34 * count))
+
+
 def make_flood(folder: Path, case: int) -> None:
     """The slowest files we can think of, at the size of the caps."""
     if case < 2 * len(FLOODS):
@@ -383,6 +469,10 @@ def make_flood(folder: Path, case: int) -> None:
         (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
         return
     case -= 2 * len(FLOODS)
+    if case < 2:
+        flood_packed(folder, case)
+        return
+    case -= 2
     kinds = (8, 0, 4, 12, 7)
     numbers = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
     fields: list[list[Any]] = [["general.architecture", 8, "llama"], *([f"llama.{n}", 4, 1] for n in numbers)]
@@ -407,13 +497,14 @@ def make_flood(folder: Path, case: int) -> None:
     (folder / "m.gguf").write_bytes(head + b"\0" * (-len(head) % 32 + 32 * tensors))
 
 
-NUM_FLOODS = 2 * len(FLOODS) + 7
+NUM_FLOODS = 2 * len(FLOODS) + 9
 
 
 MAKE: dict[str, Callable[[Path, random.Random], None]] = {
     "header": make_header,
     "index": make_index,
     "config": make_config,
+    "packed": make_packed,
     "gguf": make_gguf,
 }
 
@@ -421,7 +512,12 @@ MAKE: dict[str, Callable[[Path, random.Random], None]] = {
 def check(found: Checkpoint, kind: str) -> None:
     """What opened must hold together; a file that the safetensors library refuses must not have opened."""
     for name, t in found.tensors.items():
-        assert t.name == name and t.offset >= 0 and t.offset + t.nbytes <= t.file.stat().st_size, name
+        assert t.name == name and t.nbytes == (sum(p.nbytes for p in t.parts) or t.nbytes), name
+        for p in t.parts or (t,):
+            assert p.offset >= 0 and p.offset + p.nbytes <= p.file.stat().st_size, name
+        if t.parts:
+            weight = found.read_weight(name)
+            assert weight.format == t.dtype and weight.shape == t.shape and weight.nbytes == t.nbytes, name
     if kind in ("header", "index"):
         for file in {t.file for t in found.tensors.values()}:
             with safe_open(file, "numpy") as theirs:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.fuzz import MEMORY, NUM_FLOODS
+from tests.checkpoint.fuzz import FLOODS, MEMORY, NUM_FLOODS
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 
@@ -30,19 +30,21 @@ def fuzz(kind: str, first: int, count: int) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("kind", ["header", "index", "config", "gguf"])
+@pytest.mark.parametrize("kind", ["header", "index", "config", "packed", "gguf"])
 def test_a_sample(kind: str) -> None:
     result = fuzz(kind, 0, 200)
     assert result["opened"] > 5 and result["refused"] > 50  # neither all harmless nor all hopeless
 
 
-@pytest.mark.parametrize("case", [0, 10, 18, 19, NUM_FLOODS - 2])
+@pytest.mark.parametrize("case", [0, 10, 18, 19, 2 * len(FLOODS), NUM_FLOODS - 2])
 def test_some_of_the_slowest(case: int) -> None:
     fuzz("flood", case, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("header", 3500), ("index", 1500), ("config", 2000), ("gguf", 2000)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("header", 3500), ("index", 1500), ("config", 2000), ("packed", 2000), ("gguf", 2000)]
+)
 def test_all(kind: str, count: int) -> None:
     fuzz(kind, 0, count)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from slipstream.checkpoint.open import Checkpoint
+from slipstream.checkpoint.packed import declared
 from slipstream.errors import CheckpointError
 
 Rename = Callable[[str], str | None]
@@ -13,26 +14,16 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
 def refuse_quantized(checkpoint: Checkpoint, method: str | None) -> None:
-    """Turn away, before a model is built, weights that no implementation can multiply by.
+    """Turn away, before a model is built, weights that are quantized in a way that is not read.
 
     Args:
-        method: the quant_method that config.json names.
+        method: the quant_method that config.json names; None leaves nothing to refuse.
 
     Raises:
-        CheckpointError: the weights are quantized in a way that cannot be run.
+        CheckpointError: it says which way, and what to try.
     """
-    packed = ("_proj_blocks", "_proj_scales")
-    mxfp4 = any(t.dtype == "MXFP4" or n.endswith(packed) for n, t in checkpoint.tensors.items())
-    if mxfp4 or method == "mxfp4":
-        raise CheckpointError(
-            f"{checkpoint.path}: the experts are quantized to MXFP4, which is not supported yet; widening them "
-            "would take four times the memory; take a bfloat16 form of this model"
-        )
     if method is not None:
-        raise CheckpointError(
-            f"{checkpoint.path}: the weights are quantized by {method[:80]!r}, which is not supported; take the model "
-            "in bfloat16 or a GGUF of it"
-        )
+        declared({"quantization_config": {"quant_method": method}} | checkpoint.config, checkpoint.path)
 
 
 def check_layers(checkpoint: Checkpoint, num_layers: int, rename: Rename) -> None:

@@ -14,7 +14,6 @@ from slipstream.errors import CheckpointError
 
 if TYPE_CHECKING:
     from slipstream.checkpoint.open import Checkpoint
-    from slipstream.checkpoint.tensors import TensorInfo
     from slipstream.config import ModelConfig
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -47,18 +46,18 @@ def facts(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     tensors = checkpoint.tensors.values()
     rope = next((layer.rope for layer in config.layers if layer.rope), None)
     groups = group_layers(config)
-    blocks = _blocks(checkpoint)
-    dtype = "bfloat16" if blocks else config.dtype
+    quantized = _quantized(checkpoint)
+    dtype = "bfloat16" if quantized else config.dtype
     return {
         "path": checkpoint.path,
         "format": checkpoint.kind,
         "architecture": config.model_type,
-        "parameters": sum(map(_parameters, tensors)),
+        "parameters": sum(prod(t.shape) for t in tensors),
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.total_bytes,
         "weights": _weights(checkpoint),
         "dtype": dtype,
-        "quantization": config.quantization or blocks,
+        "quantization": quantized or config.quantization,
         "not_runnable_because": _refusal(checkpoint, config),
         "layers": config.num_layers,
         "layer_types": dict(Counter(layer.kind for layer in config.layers)),
@@ -102,21 +101,14 @@ def _weights(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     found: dict[str, list[int]] = {}
     for t in checkpoint.tensors.values():
         row = found.setdefault(t.dtype, [0, 0, 0])
-        for i, n in enumerate((1, _parameters(t), t.nbytes)):
+        for i, n in enumerate((1, prod(t.shape), t.nbytes)):
             row[i] += n
     rows = [{"dtype": d, "tensors": n, "parameters": p, "bytes": b} for d, (n, p, b) in found.items()]
     return sorted(rows, key=lambda row: -int(row["bytes"]))
 
 
-def _parameters(tensor: TensorInfo) -> int:
-    """Numbers that a tensor stands for: MXFP4 in safetensors packs two into a byte, and its scales are not weights."""
-    if tensor.dtype == "U8" and tensor.name.endswith("_scales"):
-        return 0
-    return prod(tensor.shape) * (2 if tensor.dtype == "U8" and tensor.name.endswith("_blocks") else 1)
-
-
-def _blocks(checkpoint: Checkpoint) -> str | None:
-    """The block format that most bytes of a GGUF file are in."""
+def _quantized(checkpoint: Checkpoint) -> str | None:
+    """The format that most bytes of packed weights are in."""
     count: Counter[str] = Counter()
     for t in checkpoint.tensors.values():
         if t.is_quantized:
