@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product as product_of
+
 import pytest
 import torch
+
+pytest.importorskip("triton")
 
 from slipstream.ops.choose import Case, choose
 from slipstream.ops.formats import Weight
@@ -14,18 +18,21 @@ from tests.ops.test_triton import FORMATS, all_codes_and_scales, error, one_bad_
 pytestmark = pytest.mark.gpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # The result is rounded to 8 or 11 bits; a wrong code, scale or row is far off.
-TOLERANCE = {F32: 3e-6, BF16: 4e-3, F16: 1e-3}
+TOLERANCE = {F32: 1e-5, BF16: 4e-3, F16: 1e-3}
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 100, 513])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+# float16 runs the kernels of float32. Each case is a compilation of half a second.
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [*product_of((F32, BF16), (1, 2, 3, 16, 17, 100, 513)), *product_of((F16,), (1, 17))], ids=str
+)
 @pytest.mark.parametrize("format", FORMATS)
 def test_odd_sizes(format: str, dtype: torch.dtype, tokens: int) -> None:
     assert error(format, tokens, dtype, "cuda") < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 16, 65, 513])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [*product_of((BF16,), (1, 4, 16, 65, 513)), *product_of((F32,), (1, 65))], ids=str
+)
 @pytest.mark.parametrize("rows", [5760, 2880])
 @pytest.mark.parametrize("format", ["mxfp4", "int8", "int4-64", "Q4_1"])
 def test_the_shapes_of_gpt_oss(format: str, rows: int, dtype: torch.dtype, tokens: int) -> None:
