@@ -9,6 +9,7 @@ A weight that arrives in blocks stays in blocks where an implementation takes it
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from slipstream.ops.choose import Case, Impl
@@ -50,8 +51,8 @@ def _blocks() -> Any:
 
 
 def _reject_blocks(case: Case) -> str | None:
-    if case.get("format") not in ("Q4_0", "Q4_1", "Q8_0"):
-        return f"takes Q4_0, Q4_1 and Q8_0 blocks, not {case.get('format')}"
+    if case.get("format") not in ("mxfp4", "Q4_0", "Q4_1", "Q8_0"):
+        return f"takes mxfp4, Q4_0, Q4_1 and Q8_0, not {case.get('format')}"
     if case.device != "cpu":
         return "is compiled for CPUs"
     if case.dtype not in ("bfloat16", "float32"):
@@ -80,6 +81,26 @@ def _reject_int4(case: Case) -> str | None:
     return None
 
 
+def _triton() -> Any:
+    from slipstream.ops.linear.triton import Triton
+
+    return Triton()
+
+
+def _reject_triton(case: Case) -> str | None:
+    if case.get("format") not in ("mxfp4", "int8", "int4", "Q4_0", "Q4_1", "Q8_0"):
+        return f"takes mxfp4, int8, int4, Q4_0, Q4_1 and Q8_0, not {case.get('format')}"
+    if case.device != "cuda":
+        return "is for CUDA devices"
+    if case.dtype not in ("bfloat16", "float32", "float16"):
+        return f"takes bfloat16, float32 and float16 activations, not {case.dtype}"
+    if case.get("in_features", 0) % 32:
+        return "needs in_features in multiples of 32"
+    if case.capability is not None and case.capability < (8, 0):
+        return f"needs compute capability 8.0, and this device has {'.'.join(map(str, case.capability))}"
+    return None if find_spec("triton") else "triton is not installed: pip install triton"
+
+
 def _reject_onednn(case: Case) -> str | None:
     if case.get("format") != "dense":
         return f"takes floats, not {case.get('format')} blocks"
@@ -103,6 +124,7 @@ def _only_dense(case: Case) -> str | None:
 IMPLS = (
     Impl("blocks", _blocks, _reject_blocks),
     Impl("int4pack", _int4, _reject_int4),
+    Impl("triton", _triton, _reject_triton),
     Impl("onednn", _onednn, _reject_onednn),
     Impl("torch", _torch, _only_dense),
     Impl("reference", _reference, _only_dense),

@@ -1,4 +1,4 @@
-"""Multiply by GGUF blocks as they are, in a C kernel; nothing is laid out again at load.
+"""Multiply by blocks of 32 as they are (MXFP4 and GGUF's), in a C kernel; nothing is laid out again at load.
 
 Few tokens are multiplied by the blocks directly. For many, rows of blocks are turned into numbers, a slice at a time
 so that it stays in the processor's cache, and multiplied by torch.
@@ -16,7 +16,7 @@ from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
 from slipstream.ops.native import build
 
-KINDS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
+KINDS = {"mxfp4": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3}  # the numbers in blocks.c
 FEW = 16  # tokens up to which the blocks are multiplied directly
 SLICE = 1 << 21  # numbers unpacked at a time
 
@@ -30,47 +30,38 @@ class Blocks:
             raise KernelError(f"linear[blocks]: {library}")
         size, pointer = ctypes.c_long, ctypes.c_void_p
         self._linear, self._unpack = library.slipstream_blocks_linear, library.slipstream_blocks_unpack
-        self._linear.argtypes = [ctypes.c_int, *[pointer] * 4, size, size, size, ctypes.c_int, ctypes.c_int]
-        self._unpack.argtypes = [ctypes.c_int, pointer, pointer, size, size, ctypes.c_int, ctypes.c_int]
+        self._linear.argtypes = [ctypes.c_int, *[pointer] * 5, size, size, size, ctypes.c_int, ctypes.c_int]
+        self._unpack.argtypes = [ctypes.c_int, *[pointer] * 3, size, size, ctypes.c_int, ctypes.c_int]
         self._linear.restype = self._unpack.restype = None
         self._threads = torch.get_num_threads()
 
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return weight.data.contiguous(), torch.tensor([KINDS[weight.format], weight.shape[1]])
+        out, width = weight.shape
+        data = weight.data.contiguous().view(out, -1)
+        scales = data[:, :0] if weight.scales is None else weight.scales.contiguous()
+        return data, scales, torch.tensor([KINDS[weight.format], width])
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-        weight, (kind, width) = packed[0], packed[1].tolist()
-        tokens, rows = x.shape[0], weight.shape[0]
+        data, scales, (kind, width) = packed[0], packed[1], packed[2].tolist()
+        tokens, rows = x.shape[0], data.shape[0]
         out = torch.empty(tokens, rows, dtype=x.dtype)
         if tokens <= FEW:
             x = x.contiguous()
-            half = x.dtype == torch.bfloat16
             scratch = torch.empty(tokens * (width + width // 32))
-            self._linear(
-                kind,
-                weight.data_ptr(),
-                x.data_ptr(),
-                out.data_ptr(),
-                scratch.data_ptr(),
-                tokens,
-                rows,
-                width,
-                half,
-                self._threads,
-            )
+            pointers = (t.data_ptr() for t in (data, scales, x, out, scratch))
+            self._linear(kind, *pointers, tokens, rows, width, x.dtype == torch.bfloat16, self._threads)
         else:
             step = max(1, SLICE // width)
             if step >= rows:
-                return F.linear(x, self.unpack(weight, kind, width, x.dtype), bias)
+                return F.linear(x, self._numbers(data, scales, kind, width, x.dtype), bias)
             for at in range(0, rows, step):
-                out[:, at : at + step] = F.linear(x, self.unpack(weight[at : at + step], kind, width, x.dtype))
+                part = self._numbers(data[at : at + step], scales[at : at + step], kind, width, x.dtype)
+                out[:, at : at + step] = F.linear(x, part)
         return out if bias is None else out.add_(bias)
 
-    def unpack(
-        self, blocks: Tensor, kind: int, width: int, dtype: torch.dtype
-    ) -> Tensor:  # (rows, bytes) -> (rows, width)
-        out = torch.empty(blocks.shape[0], width, dtype=dtype)
-        self._unpack(
-            kind, blocks.data_ptr(), out.data_ptr(), blocks.shape[0], width, dtype == torch.bfloat16, self._threads
-        )
+    def _numbers(self, data: Tensor, scales: Tensor, kind: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Some rows as (rows, width) of `dtype`."""
+        out = torch.empty(data.shape[0], width, dtype=dtype)
+        pointers = (t.data_ptr() for t in (data, scales, out))  # the pointer of an empty tensor is NULL
+        self._unpack(kind, *pointers, data.shape[0], width, dtype == torch.bfloat16, self._threads)
         return out
