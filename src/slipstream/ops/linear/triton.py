@@ -62,7 +62,7 @@ class Triton:
         weight = data, scales, offsets
         with torch.cuda.device_of(x):  # Triton launches on the current device
             if tokens <= FEW:
-                grid = (tokens, triton.cdiv(rows, 8))
+                grid = (tokens, triton.cdiv(rows, ROWS["BLOCK_N"]))
                 _vector[grid](x, *weight, bias, out, x.stride(0), rows, width // 32, **layout, **ROWS)
             else:
                 self._product(x, weight, bias, out, layout)
