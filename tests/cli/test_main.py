@@ -17,7 +17,7 @@ from slipstream.conversation import ChatDelta
 from tests.cli.conftest import Run
 from tests.cli.test_chat import ENVIRONMENT, PROGRAM, Terminal
 
-COMMANDS = ("generate", "chat", "pull", "inspect", "explain", "models")
+COMMANDS = ("generate", "chat", "pull", "inspect", "explain", "models", "quantize")
 
 
 def test_version_and_help(slipstream: Run) -> None:

@@ -22,9 +22,10 @@ from slipstream.cli.inspect import inspect
 from slipstream.cli.models import models
 from slipstream.cli.options import option_name
 from slipstream.cli.pull import pull
+from slipstream.cli.quantize import quantize
 from slipstream.errors import SlipstreamError
 
-_COMMANDS = (generate, chat, pull, inspect, explain, models)
+_COMMANDS = (generate, chat, pull, inspect, explain, models, quantize)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 

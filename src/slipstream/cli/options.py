@@ -211,6 +211,7 @@ def option_name(field: str) -> str | None:
     field = {"stop_token_ids": "stop_token_id"}.get(field, field)
     names = {f.name for kind in (SamplingOptions, EngineOptions) for f in fields(kind)}
     names |= {"n", "logprobs", "prompt_logprobs", "reasoning_effort"}
+    names |= {"to", "modules", "skip", "group_size", "text"}  # of quantize
     return f"--{field.replace('_', '-')}" if field in names else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from slipstream.checkpoint.open import Checkpoint, open_checkpoint
 from slipstream.checkpoint.save import Entry, file_bytes, shard_names, write_index, write_json, write_shard
 from slipstream.checkpoint.support import refuse_quantized
 from slipstream.config import ModelConfig
-from slipstream.errors import ConfigError
+from slipstream.errors import ConfigError, SlipstreamError
 from slipstream.quantization.describe import beside, config_of, write_beside
 from slipstream.quantization.folder import Journal, check_space, check_target, disk_errors, publish, workplace
 from slipstream.quantization.pieces import Errors
@@ -140,8 +141,10 @@ class _Run:
                 self._write_shards(hidden, journal)
                 errors = self._errors(journal)
                 self._write_beside(hidden, journal, errors)
-            except BaseException:
+            except BaseException as e:
                 journal.close()
+                if isinstance(e, SlipstreamError):
+                    shutil.rmtree(hidden)  # the same call would end the same way
                 raise
             journal.close(remove=True)
             publish(hidden, self.out)
