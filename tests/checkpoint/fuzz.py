@@ -446,7 +446,7 @@ def flood(piece: bytes, colons: int, marks: int) -> bytes:
 
 def flood_packed(folder: Path, case: int) -> None:
     """More packed weights than models have, or as many groups as JSON may hold."""
-    groups = {str(i): QUANTIZED[1]["config_groups"]["c"] for i in range(20_000 if case else 1)}
+    groups = {str(i): QUANTIZED[1]["config_groups"]["c"] for i in range(15_000 if case else 1)}
     said = QUANTIZED[1] | {"config_groups": groups}
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": said}))
     count = 10 if case else 30_000
