@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _compressed(packed: Mapping[str, tuple[str, int]], others: Sequence[str]) ->
     groups = {}
     for i, (format, group) in enumerate(kinds):
         weights = _WEIGHTS[format] | ({"group_size": group} if group else {}) | {"symmetric": True, "dynamic": False}
-        mine = ["Linear"] if len(kinds) == 1 else [m for m, kind in packed.items() if kind == (format, group)]
+        mine = ["Linear"] if len(kinds) == 1 else [_target(m) for m, kind in packed.items() if kind == (format, group)]
         groups[f"group_{i}"] = {
             "targets": mine, "weights": weights, "input_activations": None, "output_activations": None,
             "format": _STORED[format],
@@ -81,8 +82,20 @@ def _compressed(packed: Mapping[str, tuple[str, int]], others: Sequence[str]) ->
         "config_groups": groups,
         "format": _STORED[kinds[0][0]] if len({f for f, _ in kinds}) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": list(dict.fromkeys([*others, "lm_head"])),
+        "ignore": list(dict.fromkeys([*map(_target, others), "lm_head"])),
     }
+
+
+def _target(module: str) -> str:
+    """How to name a module. In models with vision the prefixes that others give differ from the checkpoint's."""
+    for part in ("vision_tower", "multi_modal_projector"):
+        if part in module:
+            return f"re:.*{part}.*"
+    if "language_model." in module:
+        return (
+            f"re:.*language_model.*{re.escape(module[module.index('layers.') :])}$" if "layers." in module else module
+        )
+    return module
 
 
 def write_beside(checkpoint: Checkpoint, folder: Path) -> None:

@@ -138,9 +138,10 @@ class _Run:
             journal = Journal(hidden, {"version": VERSION, "settings": self.settings, "files": self._identity()})
             try:
                 resumed = len(journal.finished)
+                write_beside(self.checkpoint, hidden)
                 self._write_shards(hidden, journal)
                 errors = self._errors(journal)
-                self._write_beside(hidden, journal, errors)
+                self._describe(hidden, journal, errors)
             except BaseException as e:
                 journal.close()
                 if isinstance(e, SlipstreamError):
@@ -185,8 +186,7 @@ class _Run:
             errors.merge(journal.finished[name]["errors"])
         return dict(sorted(errors.relative().items(), key=lambda item: (-item[1], item[0])))
 
-    def _write_beside(self, hidden: Path, journal: Journal, errors: Mapping[str, float]) -> None:
-        write_beside(self.checkpoint, hidden)
+    def _describe(self, hidden: Path, journal: Journal, errors: Mapping[str, float]) -> None:
         write_index(hidden, {name: _entries(jobs) for name, jobs in self.shards.items()})
         shards = {name: {k: journal.finished[name][k] for k in ("bytes", "sha256")} for name in self.shards}
         write_json(hidden / NAME, {"version": VERSION, **self.settings, "shards": shards, "errors": errors})
