@@ -99,3 +99,10 @@ def test_the_reference_is_not_taken_on_cuda() -> None:
     assert choose("norm", (impl("triton", "too old"), impl("reference")), CUDA, force="reference").reason == "forced"
     # The rule is about the reference only.
     assert choose("norm", (impl("torch"), unloadable("reference")), CUDA).name == "torch"
+
+
+def test_what_is_not_taken_unasked_is_taken_if_forced() -> None:
+    impls = (unloadable("torch", "no"), Impl("reference", lambda: "loaded", lambda case: None, lambda case: "too slow"))
+    with pytest.raises(KernelError, match="reference: too slow"):
+        choose("norm", impls, CPU)
+    assert choose("norm", impls, CPU, force="reference").fn == "loaded"

@@ -24,11 +24,17 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Impl:
-    """A candidate. `load` imports and returns the callable only when it is chosen; `reject` says why it cannot run."""
+    """A candidate. `load` imports and returns the callable only when it is chosen.
+
+    Attributes:
+        reject: says why it cannot run.
+        unasked: says why it is taken only if it is forced.
+    """
 
     name: str
     load: Callable[[], Any]
     reject: Callable[[Case], str | None]
+    unasked: Callable[[Case], str | None] = lambda case: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,8 @@ def choose(op: str, impls: Sequence[Impl], case: Case, force: str | None = None)
     taken: Impl | None = None
     for impl in impls:
         why = impl.reject(case)
+        if why is None and force is None:
+            why = impl.unasked(case)
         if why is None and force is None and impl.name == "reference" and case.device == "cuda":
             why = "the reference is never taken on CUDA unless it is forced"
         if why is None and force is not None and impl.name != force:

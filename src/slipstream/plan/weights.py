@@ -113,7 +113,7 @@ def held_bytes(item: Load, ops: Ops) -> int:
             continue
         kernel = None if item.to == "embed.weight" else ops.linear(format, shape[-2], shape[-1], item.shared)
         if kernel is not None and hasattr(kernel, "held_bytes"):
-            total += math.prod(shape[:-2]) * kernel.held_bytes(format, shape[-2:], ops.dtype)
+            total += kernel.held_bytes(format, shape, ops.dtype, packed_bytes(item, format, sources, shape))
         elif not item.shared:
             total += packed_bytes(item, format, sources, shape)
     return total

@@ -2,9 +2,20 @@
 
 kernel.prepare(weight, dtype) -> tuple of tensors, from a `Weight` of shape (out, in)
 kernel(x, packed, bias) -> (tokens, out); x (tokens, in)
+kernel.held_bytes(format, shape, dtype, packed) -> bytes, where `prepare` lays out a packed weight in a way of its own;
+packed is its size before
 
-A weight that arrives in blocks stays in blocks where an implementation takes its format: `blocks` as they stand,
-`int4pack` with the same codes and the scales in bfloat16.
+A weight that arrives packed stays packed, and is multiplied by an implementation that takes its format:
+
+| | formats | runs on |
+|---|---|---|
+| blocks | mxfp4, Q4_0, Q4_1, Q8_0 as they stand | CPUs, where there is a C compiler |
+| int4pack | int4, and Q4_0, Q4_1, Q8_0 with scales in bfloat16 | CPUs |
+| int8pack | int8 | CPUs |
+| triton | mxfp4, int8, int4, Q4_0, Q4_1, Q8_0 | CUDA |
+| unpacked | mxfp4, int8, int4, decoded slice by slice | CPUs |
+| onednn, torch | dense | CPUs; anything |
+| reference | all; if packed, then only if it is forced | anything |
 """
 
 from __future__ import annotations
@@ -13,7 +24,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from slipstream.ops.choose import Case, Impl
-from slipstream.ops.formats import Weight
+from slipstream.ops.formats import MADE, Weight
+from slipstream.ops.formats.blocks import BLOCKS
 
 if TYPE_CHECKING:
     import torch
@@ -70,14 +82,32 @@ def _int4() -> Any:
 
 
 def _reject_int4(case: Case) -> str | None:
-    if case.get("format") not in ("Q4_0", "Q4_1", "Q8_0"):
-        return f"takes Q4_0, Q4_1 and Q8_0 blocks, not {case.get('format')}"
+    if case.get("format") not in ("int4", "Q4_0", "Q4_1", "Q8_0"):
+        return f"takes int4, Q4_0, Q4_1 and Q8_0, not {case.get('format')}"
     if case.device != "cpu":
         return "is an operator of torch for CPUs"
     if case.dtype != "bfloat16":
         return f"is fast in bfloat16 only, not in {case.dtype}"
     if case.get("in_features", 0) % 32 or case.get("out_features", 0) % 64:
         return "needs in_features in multiples of 32 and out_features in multiples of 64"
+    return None
+
+
+def _int8() -> Any:
+    from slipstream.ops.linear.int8 import Int8
+
+    return Int8()
+
+
+def _reject_int8(case: Case) -> str | None:
+    if case.get("format") != "int8":
+        return f"takes int8, not {case.get('format')}"
+    if case.device != "cpu":
+        return "is an operator of torch for CPUs"
+    if case.dtype != "bfloat16":
+        return f"is fast in bfloat16 only, not in {case.dtype}"
+    if case.get("in_features", 0) % 32:  # the operator reads past the end of other rows
+        return "needs in_features in multiples of 32"
     return None
 
 
@@ -101,9 +131,21 @@ def _reject_triton(case: Case) -> str | None:
     return None if find_spec("triton") else "triton is not installed: pip install triton"
 
 
+def _unpacked() -> Any:
+    from slipstream.ops.linear.unpacked import Unpacked
+
+    return Unpacked()
+
+
+def _reject_unpacked(case: Case) -> str | None:
+    if case.get("format") not in MADE:
+        return f"takes {', '.join(MADE)}, not {case.get('format')}"
+    return None if case.device == "cpu" else "is for CPUs"
+
+
 def _reject_onednn(case: Case) -> str | None:
     if case.get("format") != "dense":
-        return f"takes floats, not {case.get('format')} blocks"
+        return f"takes floats, not {case.get('format')}"
     if case.device != "cpu":
         return "is for CPUs"
     if case.dtype != "bfloat16":
@@ -117,15 +159,29 @@ def _reject_onednn(case: Case) -> str | None:
     return None
 
 
-def _only_dense(case: Case) -> str | None:
-    return None if case.get("format") == "dense" else f"takes floats, not {case.get('format')} blocks"
+def _reject_torch(case: Case) -> str | None:
+    return None if case.get("format") == "dense" else f"takes floats, not {case.get('format')}"
+
+
+def _reject_reference(case: Case) -> str | None:
+    if case.device != "cpu" and case.get("format") in set(BLOCKS) - {"Q4_0", "Q4_1", "Q8_0"}:
+        return f"{case.get('format')} is decoded by the gguf library, on CPUs"
+    return None
+
+
+def _reference_unasked(case: Case) -> str | None:
+    if case.get("format") == "dense":
+        return None
+    return "multiplies in float32 by numbers decoded at every call, so it runs only if it is forced"
 
 
 IMPLS = (
     Impl("blocks", _blocks, _reject_blocks),
     Impl("int4pack", _int4, _reject_int4),
+    Impl("int8pack", _int8, _reject_int8),
     Impl("triton", _triton, _reject_triton),
+    Impl("unpacked", _unpacked, _reject_unpacked),
     Impl("onednn", _onednn, _reject_onednn),
-    Impl("torch", _torch, _only_dense),
-    Impl("reference", _reference, _only_dense),
+    Impl("torch", _torch, _reject_torch),
+    Impl("reference", _reference, _reject_reference, _reference_unasked),
 )

@@ -1,7 +1,9 @@
-"""4-bit blocks of 32 through torch's packed operator for CPUs: value = (code - 8) * scale + zero.
+"""4 bits with a scale for each 32, 64 or 128 weights, through torch's packed operator for CPUs.
 
-Q4_0 and Q4_1 map onto it code for code. Q8_0 is cut into a high and a low nibble, value = 16 * high + low, and runs as
-two products; no code is changed. Scales become bfloat16, as the operator wants them.
+The operator's value is (code - 8) * scale + zero. Codes of int4, Q4_0 and Q4_1 map onto it one for one. Q8_0 is cut into
+a high and a low nibble, value = 16 * high + low, and runs as two products; no code is changed. Scales become bfloat16, as
+the operator wants them. It is used for any number of tokens: turning the codes into numbers with torch's operators takes
+as long as 50 tokens do, and would need the codes a second time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from slipstream.ops.formats import Weight
 class Int4:
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         out, width = weight.shape
+        if weight.scales is not None:
+            codes = torch.stack((weight.data & 15, weight.data >> 4), -1).view(out, width)
+            return _pack(codes, weight.scales, torch.zeros_like(weight.scales), dtype)
         blocks = weight.data.view(out, width // 32, -1)
         if weight.format == "Q8_0":
             scale, codes = _half(blocks, 0), blocks[..., 2:].reshape(out, width).view(torch.int8)
@@ -28,15 +33,23 @@ class Int4:
         codes = torch.cat((packed & 15, packed >> 4), -1).view(out, width)
         return _pack(codes, scale, zero, dtype)
 
-    def held_bytes(self, format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Half a byte a weight, and a scale and a zero for each 32 of them; all of it twice for 8 bits."""
-        four = math.prod(shape) // 2 + math.prod(shape) // 32 * 2 * dtype.itemsize
+    def held_bytes(self, format: str, shape: tuple[int, ...], dtype: torch.dtype, packed: int) -> int:
+        """Half a byte a weight, and a scale and a zero for each group of them; all of it twice for 8 bits.
+
+        Args:
+            shape: of a matrix or a stack of them.
+            packed: bytes in the format's own layout, which tell how many groups int4 has.
+        """
+        weights = math.prod(shape)
+        groups = (packed - weights // 2) // 2 if format == "int4" else weights // 32
+        four = weights // 2 + groups * 2 * dtype.itemsize
         return 2 * four if format == "Q8_0" else four
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], 32, packed[1])
+        group = x.shape[1] // packed[1].shape[0]
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[0], group, packed[1])
         if len(packed) == 4:
-            out += torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[2], 32, packed[3])
+            out += torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[2], group, packed[3])
         return out if bias is None else out.add_(bias)
 
 

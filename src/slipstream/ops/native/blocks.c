@@ -1,8 +1,8 @@
-// Multiply by weights that stay in blocks of 32 (MXFP4 and GGUF's Q4_0, Q4_1, Q8_0), and turn rows of them into bfloat16
-// or float32.
+// Multiply by weights that stay in blocks of 32 (MXFP4 and GGUF's Q4_0, Q4_1, Q8_0), and turn rows of them into
+// bfloat16 or float32.
 //
-// A block is value[i] = scale * number[code[i]] + offset. Each has a head (the scale, and the offset of Q4_1) and codes,
-// which are walked by two pointers, as they lie together in GGUF's formats and apart in MXFP4:
+// A block is value[i] = scale * number[code[i]] + offset. Each has a head (the scale, and the offset of Q4_1) and
+// codes, which are walked by two pointers, as they lie together in GGUF's formats and apart in MXFP4:
 //   Q4_0 {half scale; 16 bytes}, number = code - 8; Q4_1 {half scale; half offset; 16 bytes}, number = code;
 //   Q8_0 {half scale; 32 signed bytes}; MXFP4 {16 bytes} and {E8M0 scale}, number = E2M1.
 // Byte j holds in its low half and its high half: codes j and j + 16 in GGUF's formats, codes 2j and 2j + 1 in MXFP4.
@@ -115,13 +115,13 @@ static inline __attribute__((always_inline)) void look_up(const int kind, const 
 }
 #endif
 
-// ROWS rows of weights times `count` tokens; `kind`, `count` and `half` are constants at every call, so that sums stay in
-// registers. x: (count, width) float32, or bfloat16 with `half`, in the order of the codes;
+// ROWS rows of weights times `count` tokens; `kind`, `count` and `half` are constants at every call, so that sums stay
+// in registers. x: (count, width) float32, or bfloat16 with `half`, in the order of the codes;
 // sums: (count, width / 32), the sum of x over each block, for Q4_1.
-static inline __attribute__((always_inline)) void dot(const int kind, const int count, const int half,
-                                                      const uint8_t *const *codes, const uint8_t *const *heads,
-                                                      int blocks, const void *x, const float *sums,
-                                                      float out[ROWS][TOKENS]) {
+static inline __attribute__((always_inline)) void dot_rows(const int kind, const int count, const int half,
+                                                           const uint8_t *const *codes, const uint8_t *const *heads,
+                                                           int blocks, const void *x, const float *sums,
+                                                           float out[ROWS][TOKENS]) {
   const size_t width = (size_t)blocks * 32;
 #if defined(WIDE)
   const __m512 table = kind == Q8_0 ? _mm512_setzero_ps() : number_table(kind);
@@ -210,7 +210,7 @@ typedef void dot_fn(const uint8_t *const *codes, const uint8_t *const *heads, in
 #define DOT(KIND, COUNT, HALF)                                                                                       \
   static void dot_##KIND##_##COUNT##_##HALF(const uint8_t *const *codes, const uint8_t *const *heads, int blocks,    \
                                             const void *x, const float *sums, float out[ROWS][TOKENS]) {             \
-    dot(KIND, COUNT, HALF, codes, heads, blocks, x, sums, out);                                                      \
+    dot_rows(KIND, COUNT, HALF, codes, heads, blocks, x, sums, out);                                                 \
   }
 #define DOTS(KIND, HALF) DOT(KIND, 1, HALF) DOT(KIND, 2, HALF) DOT(KIND, 3, HALF) DOT(KIND, 4, HALF)
 #define NAMES(KIND, HALF) \
@@ -226,8 +226,8 @@ static dot_fn *const DOT_OF[][TOKENS] = {
 #endif
 };
 
-// out (tokens, rows) = x (tokens, width) times weight^T. `heads` is NULL where they stand in the blocks. `scratch` holds
-// tokens * (width + width / 32) floats. x and out are bfloat16 where `bf16` is set, else float32.
+// out (tokens, rows) = x (tokens, width) times weight^T. `heads` is NULL where they stand in the blocks. `scratch`
+// holds tokens * (width + width / 32) floats. x and out are bfloat16 where `bf16` is set, else float32.
 void slipstream_blocks_linear(int kind, const uint8_t *weight, const uint8_t *heads, const void *x, void *out,
                               float *scratch, long tokens, long rows, long width, int bf16, int threads) {
   const int blocks = (int)(width / 32);
@@ -290,9 +290,12 @@ static inline __attribute__((always_inline)) void unpack(const int kind, const i
 #if defined(WIDE)
     __m512 w0, w1;
     look_up(kind, q, table, &w0, &w1);
-    _mm512_storeu_ps(w, kind == MXFP4 ? _mm512_permutex2var_ps(w0, order, w1) : w0);
-    _mm512_storeu_ps(w + 16,
-                     kind == MXFP4 ? _mm512_permutex2var_ps(w0, _mm512_add_epi32(order, _mm512_set1_epi32(8)), w1) : w1);
+    if (kind == MXFP4) {
+      const __m512 all = w0;
+      w0 = _mm512_permutex2var_ps(all, order, w1);
+      w1 = _mm512_permutex2var_ps(all, _mm512_add_epi32(order, _mm512_set1_epi32(8)), w1);
+    }
+    _mm512_storeu_ps(w, w0), _mm512_storeu_ps(w + 16, w1);
 #else
     floats n[4];
     numbers(kind, q, n);
