@@ -44,11 +44,11 @@ class Blocks:
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         data, scales, (kind, width) = packed[0], packed[1], packed[2].tolist()
         tokens, rows = x.shape[0], data.shape[0]
-        out = torch.empty(tokens, rows, dtype=x.dtype)
+        out = x.new_empty(tokens, rows)
         if tokens <= FEW:
             x = x.contiguous()
-            scratch = torch.empty(tokens * (width + width // 32))
-            pointers = (t.data_ptr() for t in (data, scales, x, out, scratch))
+            scratch = x.new_empty(tokens * (width + width // 32) * 4 // x.itemsize)  # room for as many float32
+            pointers = [t.data_ptr() for t in (data, scales, x, out, scratch)]
             self._linear(kind, *pointers, tokens, rows, width, x.dtype == torch.bfloat16, self._threads)
         else:
             step = max(1, SLICE // width)
