@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,6 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
     inside = list(out.iterdir())
     if inside and (not (out / "config.json").is_file() or any(p.is_dir() for p in inside)):
         raise ConfigError(f"out: {out} holds more than a model, or none, so it is not replaced; name another folder")
-    if not _can_exchange(out.parent):
-        raise ConfigError(f"out: {out} cannot be replaced in one move on this system; remove it first")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -80,7 +77,11 @@ def workplace(out: Path) -> Iterator[Path]:
                     f"out: another process is writing {out}; wait for it, or name another folder"
                 ) from None
             if _is(handle, hidden):  # else its holder has just renamed it
-                yield hidden
+                try:
+                    yield hidden
+                finally:
+                    with contextlib.suppress(OSError):
+                        hidden.rmdir()  # if there is nothing in it to go on from
                 return
         finally:
             os.close(handle)
@@ -150,6 +151,7 @@ def publish(hidden: Path, out: Path) -> None:
     if os.path.lexists(out):
         _exchange(hidden, out)
         sync_folder(out.parent)
+        (hidden / "config.json").unlink(missing_ok=True)  # so that what is left of it never opens
         shutil.rmtree(hidden)
     else:
         hidden.rename(out)
@@ -166,16 +168,20 @@ def _exchange(a: Path, b: Path) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
 
 
-def _can_exchange(parent: Path) -> bool:
-    with (
-        tempfile.TemporaryDirectory(prefix=".partial-", dir=parent) as a,
-        tempfile.TemporaryDirectory(prefix=".partial-", dir=parent) as b,
-    ):
-        try:
-            _exchange(Path(a), Path(b))
-        except OSError:
-            return False
-        return True
+def check_exchange(hidden: Path, out: Path) -> None:
+    """Raises ConfigError if `out` stands in the way and this system cannot swap it with another folder in one move."""
+    if not os.path.lexists(out):
+        return
+    a, b = hidden / "a", hidden / "b"  # if we are killed here, whoever goes on removes them
+    a.mkdir(exist_ok=True)
+    b.mkdir(exist_ok=True)
+    try:
+        _exchange(a, b)
+    except OSError as e:
+        raise ConfigError(f"out: {out} cannot be replaced in one move on this system; remove it first") from e
+    finally:
+        a.rmdir()
+        b.rmdir()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,15 @@ from slipstream.checkpoint.support import refuse_quantized
 from slipstream.config import ModelConfig
 from slipstream.errors import ConfigError, SlipstreamError
 from slipstream.quantization.describe import beside, config_of, write_beside
-from slipstream.quantization.folder import Journal, check_space, check_target, disk_errors, publish, workplace
+from slipstream.quantization.folder import (
+    Journal,
+    check_exchange,
+    check_space,
+    check_target,
+    disk_errors,
+    publish,
+    workplace,
+)
 from slipstream.quantization.pieces import Errors
 from slipstream.quantization.select import Selection
 from slipstream.quantization.work import Job, Work
@@ -135,6 +143,7 @@ class _Run:
 
     def run(self) -> Report:
         with workplace(self.out) as hidden:
+            check_exchange(hidden, self.out)
             journal = Journal(hidden, {"version": VERSION, "settings": self.settings, "files": self._identity()})
             try:
                 resumed = len(journal.finished)
