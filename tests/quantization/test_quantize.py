@@ -265,6 +265,7 @@ def test_a_real_gguf(smollm2: Path, tmp_path: Path) -> None:
     report = quantize(smollm2, tmp_path / "out", to="int8", skip=["*.layers.[0-9].*", "*.layers.1?.*", "*.mlp.*"])
     assert report.bytes_before == open_checkpoint(smollm2).total_bytes
     assert report.parameters == 134_515_008
+    assert "are bfloat16 now: model.embed_tokens.weight" in report.notes[0]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours, was = Tokenizer.from_folder(tmp_path / "out"), Tokenizer.from_gguf(open_checkpoint(smollm2).metadata)
     for text in ("Hello  world, 1234\n\tnaïve 日本語 🙂", "<|im_start|>user\nHi<|im_end|>\n", " x"):

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,14 @@ class _Run:
             notes.append("experts of gpt-oss in this form are read by slipstream only; others read them in mxfp4 alone")
         elif any(".experts." in m and format == "int8" for m, (format, _) in self.packed.items()):
             notes.append("transformers 5.17 does not read experts in int8; slipstream does")
-        parameters = sum(_count(i.shape) for i in self.checkpoint.tensors.values())
+        widened = [i for i in self.checkpoint.tensors.values() if i.is_quantized and not self.work.packs(i)]
+        if widened:  # GGUF's blocks have no place in safetensors
+            name = str(self.dtype).removeprefix("torch.")
+            some = f"{widened[0].name}{', ...' if len(widened) > 1 else ''}"
+            notes.append(
+                f"{len(widened)} tensors in GGUF's blocks were not to be converted, and are {name} now: {some}"
+            )
+        parameters = sum(prod(i.shape) for i in self.checkpoint.tensors.values())
         return Report(
             path=self.out,
             to=self.selection.format,
@@ -226,13 +234,6 @@ class _Run:
             resumed=resumed,
             notes=tuple(notes),
         )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
 
 
 def _entries(jobs: Sequence[Job]) -> list[Entry]:
