@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,7 @@ from slipstream.ops.formats import Weight, decode, encode
 
 pytest.importorskip("triton")
 
-from slipstream.ops.linear.triton import ROWS, Triton, _tiles, _vector, tiles
+from slipstream.ops.linear.triton import ROWS, STAGES, Triton, _tiles, _vector, tiles
 
 ROOT = Path(__file__).parents[2]
 REJECT = next(impl.reject for impl in linear.IMPLS if impl.name == "triton")
@@ -40,8 +39,14 @@ def make(name: str, shape: tuple[int, ...], device: str = "cpu") -> Weight:
     format, _, group = name.partition("-")
     if format[0] != "Q":
         return encode(values.to(device), format, int(group or 0))
-    blocks = gguf.quantize(values.flatten(0, -2).numpy(), gguf.GGMLQuantizationType[format])
-    return Weight(format, torch.from_numpy(blocks.copy()).view(*shape[:-1], -1).to(device), shape)
+    *outer, width = shape
+    heads = 2 if format == "Q4_1" else 1  # the scale, and the offset: numbers of float16 before the codes of a block
+    size = 2 * heads + (32 if format == "Q8_0" else 16)
+    random = torch.Generator().manual_seed(sum(shape) + size)
+    blocks = torch.randint(256, (*outer, width // 32, size), generator=random, dtype=torch.uint8)
+    numbers = (0.5 + torch.rand(*outer, width // 32, heads, generator=random)) / (100 if format == "Q8_0" else 8)
+    blocks[..., : 2 * heads] = numbers.half().view(torch.uint8)
+    return Weight(format, blocks.view(*outer, -1).to(device), shape)
 
 
 def product(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
@@ -212,7 +217,7 @@ def test_it_compiles_for_hopper(layout: str, tokens: int, monkeypatch: pytest.Mo
     signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in types or a == "x_stride"}
     source = ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": STAGES})
     assert ("wgmma.mma_async" in made.asm["ptx"]) == (tokens > 1)
     assert "cp.async" in made.asm["ptx"]  # weights are fetched ahead
     assert "ftz" not in made.asm["ptx"]  # the scale 2^-127 and codes before their bias are subnormal
