@@ -68,6 +68,12 @@ def test_as_json_with_perplexity(slipstream: Run, tiny: Path, tmp_path: Path) ->
     assert found["perplexity"]["before"] != found["perplexity"]["after"]
 
 
+def test_a_text_that_cannot_be_scored_does_not_lose_the_report(slipstream: Run, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("t")
+    found = slipstream("quantize", tiny, tmp_path / "out", "--json", "--text", tmp_path / "text").json
+    assert "needs at least 2" in found["perplexity"]["after"] and len(found["errors"]) == 28
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

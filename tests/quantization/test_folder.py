@@ -189,4 +189,4 @@ def test_killed_at_50_random_moments(tmp_path: Path, seed: int) -> None:
     ran = subprocess.run(map(str, words), env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert ran.returncode == 0, ran.stderr
     counts = json.loads(ran.stdout)
-    assert counts["kills"] >= 50 and counts["nothing"] > 5 and counts["old"] > 5 and counts["resumed"] > 5
+    assert counts["kills"] >= 50 and counts["nothing"] > 5 and counts["old"] > 5 and counts["resumed"] > 2

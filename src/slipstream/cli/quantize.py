@@ -9,7 +9,7 @@ import typer
 
 from slipstream.cli.options import AsJson, Model, parse_size
 from slipstream.cli.show import Bar, Table, note, number, print_json, print_tables, size
-from slipstream.errors import ConfigError, RequestError, SlipstreamError
+from slipstream.errors import RequestError, SlipstreamError
 
 if TYPE_CHECKING:
     from slipstream.quantization.quantize import Report
@@ -106,8 +106,6 @@ def _perplexity(model: str, text: str) -> float | str:
         with Bar() as bar:
             llm = LLM(model, progress=lambda done, total: bar(f"loading {model}", done, total))
         return perplexity(llm, text, window=min(512, llm.plan.max_model_len - 1))
-    except ConfigError:
-        raise
     except SlipstreamError as e:
         return str(e)
 

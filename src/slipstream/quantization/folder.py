@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream.checkpoint.manifest import sha256_of
-from slipstream.checkpoint.save import sync_folder
+from slipstream.checkpoint.save import sync_folder, write_text
 from slipstream.errors import CapacityError, CheckpointError, ConfigError
 
 JOURNAL = ".journal"
@@ -114,13 +114,13 @@ class Journal:
                 break
             self.finished[path.name] = line
         for path in folder.iterdir():
-            if path.name not in self.finished:
+            if path.name not in self.finished and path.name != JOURNAL:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        self._file = self._path.open("w", encoding="utf-8")
-        self._append(dict(asked))
-        for line in self.finished.values():
-            self._append(line)
+        whole = self._path.with_suffix(".new")
+        write_text(whole, "".join(json.dumps(line) + "\n" for line in (dict(asked), *self.finished.values())))
+        whole.replace(self._path)
         sync_folder(folder)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def _lines(self) -> list[dict[str, Any]]:
         try:
