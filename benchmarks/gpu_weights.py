@@ -63,7 +63,12 @@ def config(size: str) -> dict[str, Any]:
 def write(folder: Path, size: str, device: str) -> int:
     """The checkpoint, one shard a layer. Every layer has the same random numbers: they count for nothing here."""
     c = config(size)
-    hidden, inner, heads, kv = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"], c["num_key_value_heads"]
+    hidden, inner, heads, kv = (
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["num_attention_heads"],
+        c["num_key_value_heads"],
+    )
     n, dim = c["num_local_experts"], c["head_dim"]
     torch.manual_seed(0)
 
@@ -117,7 +122,9 @@ def check(plan: Any, checkpoint: Any) -> float:
     ids, weights = mlp.route(mlp.router(x))
     got = mlp(x).double().cpu()
     name = "model.layers.0.mlp.experts."
-    gate_up, down = (decode(checkpoint.read_weight(f"{name}{p}_proj_blocks"), torch.float32) for p in ("gate_up", "down"))
+    gate_up, down = (
+        decode(checkpoint.read_weight(f"{name}{p}_proj_blocks"), torch.float32) for p in ("gate_up", "down")
+    )
     bias, down_bias = (checkpoint.read(f"{name}{p}_proj_bias").double() for p in ("gate_up", "down"))
     want = torch.zeros_like(got)
     for t in range(len(x)):
@@ -144,7 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--folder", default=None, help="where to write the checkpoint; default: the folder for temporary files")
+    parser.add_argument(
+        "--folder", default=None, help="where to write the checkpoint; default: the folder for temporary files"
+    )
     asked = parser.parse_args()
     from slipstream.checkpoint.load import load
     from slipstream.checkpoint.open import open_checkpoint

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from slipstream.ops.formats.blocks import BLOCKS, dequantize_rows
 from slipstream.checkpoint.gguf import _TYPES, MAX_HEADER, read_gguf
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.checkpoint.tensors import read_dense, read_rows
 from slipstream.errors import CheckpointError
+from slipstream.ops.formats.blocks import BLOCKS, dequantize_rows
 
 TENSORS = {"first": np.arange(6, dtype=np.float32).reshape(2, 3), "second": np.ones((3, 5, 4), np.float16)}
 

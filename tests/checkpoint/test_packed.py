@@ -88,6 +88,16 @@ def test_all_formats_of_compressed_tensors_in_one_file() -> None:
     assert not got["norm.weight"].is_quantized and got["norm.weight"].parts == ()
 
 
+def test_int8_packed_beside_int4() -> None:
+    """Both are I32; the scales tell which is which."""
+    int8 = {"b__weight_packed": ("I32", (5, 7)), "b__weight_scale": ("BF16", (5, 1)), "b__weight_shape": ("I64", (2,))}
+    config = said(group(), group(8, format="pack-quantized"))
+    got = gather(infos(**INT4, **int8), {"quantization_config": config}, PATH)
+    assert {n: (t.format, t.shape) for n, t in got.items()} == {
+        "a.weight": ("int4", (3, 192)), "b.weight": ("int8", (5, 28)),
+    }  # fmt: skip
+
+
 def test_gpt_oss_as_published(tmp_path: Path) -> None:
     """Names, dtypes and shapes of gpt-oss-20b; a file with a hole in the place of its gigabytes."""
     layer = "model.layers.1."
@@ -160,7 +170,7 @@ Change = tuple[str, tuple[str, tuple[int, ...]] | None]
         (("a__weight_scale", ("F16", (3, 3))), "'a.weight_scale' is F16, and scales of int4 must be BF16"),
         (("b__weight_scale", ("F32", (5, 1))), "'b.weight_scale' is F32, and scales of int8 must be BF16"),
         (("c__weight_scale", ("BF16", (7, 3))), "'c.weight_scale' is BF16, and scales of mxfp4 must be U8"),
-        (("a__weight_scale", ("BF16", (3, 4))), r"[3, 4] does not fit 'a.weight_packed', [3, 192] in int4"),
+        (("a__weight_scale", ("BF16", (3, 4))), r"[3, 4] does not fit 'a.weight_packed', [3, 24] I32"),
         (("a__weight_scale", ("BF16", (3, 6))), "with a scale for 64 weights of a row"),  # groups of 32
         (("a__weight_scale", ("BF16", (2, 3))), "does not fit"),
         (("a__weight_scale", ("BF16", (3,))), "does not fit"),
@@ -229,7 +239,8 @@ def test_experts_that_do_not_fit(change: Change, says: str) -> None:
         (said(group(format="nvfp4-pack-quantized")), "'nvfp4-pack-quantized'"),
         (said(group(input_activations={"num_bits": 8})), "input_activations"),
         (said(group(output_activations={"num_bits": 8})), "output_activations"),
-        (said(group(num_bits=8)), "weights.num_bits '8' is not supported"),
+        (said(group(num_bits=5)), "weights.num_bits '5' is not supported"),
+        (said(group(num_bits=8)), "weights.strategy 'group'"),  # int8 in groups
         (said(group(type="float")), "weights.type 'float'"),
         (said(group(symmetric=False)), "weights.symmetric 'False'"),
         (said(group(dynamic=True)), "weights.dynamic"),
@@ -302,7 +313,8 @@ def test_messages_stay_short() -> None:
 
 KINDS: dict[str, tuple[dict[str, Any], str | None]] = {
     "int4": ({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}, None),
-    "int8": ({"num_bits": 8, "type": "int", "strategy": "channel"}, "int-quantized"),
+    "int8": ({"num_bits": 8, "type": "int", "strategy": "channel"}, None),
+    "int8-unpacked": ({"num_bits": 8, "type": "int", "strategy": "channel"}, "int-quantized"),
     "mxfp4": (
         {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
         None,
@@ -347,7 +359,7 @@ def test_a_model_that_compressed_tensors_packed(format: str, tmp_path: Path, mon
     library.decompress_model(model)
     for name, m in linears.items():
         weight = found.read_weight(f"{name}.weight")
-        assert weight.format == format
+        assert weight.format == format.removesuffix("-unpacked")
         assert torch.equal(decode(weight, torch.bfloat16), m.weight)
 
 

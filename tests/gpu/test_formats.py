@@ -18,7 +18,7 @@ from tests.ops.test_triton import FORMATS, all_codes_and_scales, error, make, on
 pytestmark = pytest.mark.gpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # The result is rounded to 8 or 11 bits; a wrong code, scale or row is far off.
-TOLERANCE = {F32: 1e-5, BF16: 4e-3, F16: 1e-3}
+TOLERANCE = {F32: 1e-5, BF16: 6e-3, F16: 1e-3}
 
 
 # float16 runs the kernels of float32. Each case is a compilation of half a second.

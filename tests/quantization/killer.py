@@ -65,8 +65,8 @@ def check(out: Path, old: str | None, new: str, whole: Path) -> str:
             found = open_checkpoint(hidden)
         except CheckpointError:
             return state
-        if state == "new" and digest(hidden) == old:
-            return state  # the names have been swapped, and the old folder is about to go
+        if state == "new" and digest(hidden) in (old, new):
+            return state  # the names have been swapped and the old folder is about to go, or it is all done once more
         assert state != "new" or old is None, "what is left of the old folder opens"
         verify(hidden)  # it is whole, and only its name is missing
         assert len(found.tensors) == len(open_checkpoint(whole).tensors)

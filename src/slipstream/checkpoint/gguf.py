@@ -14,10 +14,10 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
-from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.checkpoint.files import MAX_TENSORS
 from slipstream.checkpoint.tensors import DENSE, TensorInfo, check_name
 from slipstream.errors import CheckpointError
+from slipstream.ops.formats.blocks import BLOCKS
 
 # A vocabulary of 262,144 tokens with as many merges, scores and types takes about 12 MB; 64 MB leaves room for
 # vocabularies five times that.

@@ -65,7 +65,9 @@ class Checkpoint:
             data, scales = (read_dense(p) for p in info.parts)
             width = info.shape[-1]
             shapes = packed_shapes(info.format, info.shape, width // info.parts[1].shape[-1])
-            data = data if info.format == "int8" else data.view(torch.uint8)
+            if data.dtype != torch.int8:
+                data = data.view(torch.uint8)
+                data = (data ^ 128).view(torch.int8) if info.format == "int8" else data  # stored as code + 128
             return Weight(info.format, data.view(shapes[0]), info.shape, scales.view(shapes[1]))
         if not info.is_quantized:
             return Weight("dense", read_dense(info), info.shape)

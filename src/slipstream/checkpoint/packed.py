@@ -5,9 +5,10 @@
 | mxfp4 | `X_blocks` U8 (experts, out, in / 32, 16) | `X_scales` U8 (experts, out, in / 32) | `X_blocks`, mxfp4 |
 | compressed-tensors | `N.weight_packed` U8 (out, in / 2) | `N.weight_scale` U8 (out, in / 32) | `N.weight`, mxfp4 |
 | compressed-tensors | `N.weight_packed` I32 (out, in / 8) | `N.weight_scale` BF16 (out, in / group) | `N.weight`, int4 |
+| compressed-tensors | `N.weight_packed` I32 (out, in / 4) | `N.weight_scale` BF16 (out, 1) | `N.weight`, int8 |
 | compressed-tensors | `N.weight` I8 (out, in) | `N.weight_scale` BF16 (out, 1) | `N.weight`, int8 |
 
-int4 also brings `N.weight_shape`, an I64 [2] whose value is not read: rows are whole groups, so the other two shapes leave
+I32 also brings `N.weight_shape`, an I64 [2] whose value is not read: rows fill whole elements, so the other two shapes leave
 one logical shape only, and the dry run holds that against the rest of config.json. `quantization_config` and the tensors
 must agree on the format. Which modules are packed is told by the tensors: `targets`, `ignore` and `modules_to_not_convert`
 may hold patterns, which are not followed.
@@ -25,24 +26,31 @@ from slipstream.errors import CheckpointError
 from slipstream.ops.formats import GROUPS
 
 _Kind = tuple[str, str]  # end of the name of data, and its dtype
-_Kinds = dict[_Kind, set[int]]  # how many weights share a scale; 0: those of a row
+_Kinds = dict[_Kind, set[tuple[str, int]]]  # our format, and how many weights share a scale; 0: those of a row
 
-# our format, the end of the name of scales, their dtype, weights in one element of data
-_LAYOUTS: dict[_Kind, tuple[str, str, str, int]] = {
-    ("_blocks", "U8"): ("mxfp4", "_scales", "U8", 2),
-    (".weight_packed", "U8"): ("mxfp4", ".weight_scale", "U8", 2),
-    (".weight_packed", "I32"): ("int4", ".weight_scale", "BF16", 8),
-    (".weight", "I8"): ("int8", ".weight_scale", "BF16", 1),
+# end of the name of data: that of scales
+_SCALES = {"_blocks": "_scales", ".weight_packed": ".weight_scale", ".weight": ".weight_scale"}
+# dtype of data, our format: dtype of scales, weights in one element of data
+_LAYOUTS = {
+    ("U8", "mxfp4"): ("U8", 2),
+    ("I32", "int4"): ("BF16", 8),
+    ("I32", "int8"): ("BF16", 4),
+    ("I8", "int8"): ("BF16", 1),
 }
 _ENDS = ("_blocks", "_scales", ".weight_packed", ".weight_scale", ".weight_shape")
 # What compressed-tensors calls it: how it looks, and what config.json must say of the weights
-_INT8: tuple[str, str, dict[str, Any]] = (".weight", "I8", {"num_bits": 8, "type": "int", "strategy": "channel"})
-_STORED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "mxfp4-pack-quantized": (".weight_packed", "U8", {"num_bits": 4, "type": "float", "strategy": "group"}),
-    "pack-quantized": (".weight_packed", "I32", {"num_bits": 4, "type": "int", "strategy": "group"}),
-    "int-quantized": _INT8,
-    "naive-quantized": _INT8,
+_STORED = {
+    "mxfp4-pack-quantized": (".weight_packed", "U8"),
+    "pack-quantized": (".weight_packed", "I32"),
+    "int-quantized": (".weight", "I8"),
+    "naive-quantized": (".weight", "I8"),
 }
+_SAID: dict[str, dict[str, Any]] = {
+    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group"},
+    "int4": {"num_bits": 4, "type": "int", "strategy": "group"},
+    "int8": {"num_bits": 8, "type": "int", "strategy": "channel"},
+}
+_SIZES: dict[str, tuple[int | None, ...]] = {"mxfp4": (32,), "int4": GROUPS, "int8": (None, -1, 0)}
 _DEFAULTS: dict[str, Any] = {"symmetric": True, "dynamic": False, "block_structure": None}
 _ACTORDER = (None, False, "weight", "static")  # these only say how codes were found; others reorder columns
 _FOREIGN = {
@@ -109,21 +117,22 @@ def gather(tensors: dict[str, TensorInfo], config: Mapping[str, Any], path: Path
     return found
 
 
-def _gather(name: str, end: str, tensors: Mapping[str, TensorInfo], groups: set[int] | None,
+def _gather(name: str, end: str, tensors: Mapping[str, TensorInfo], kinds: set[tuple[str, int]] | None,
             path: Path) -> tuple[TensorInfo, list[str]]:  # fmt: skip
     """One weight from its parts, and the names of all of these."""
     data, stem = tensors[name], name.removesuffix(end)
-    if groups is None:
+    if kinds is None:
         raise CheckpointError(
             f"{path}: {name!r} is {data.dtype}, which is not what quantization_config in config.json says; fetch both again"
         )
-    format, scales_end, dtype, per_element = _LAYOUTS[end, data.dtype]
-    scales = tensors.get(stem + scales_end)
+    formats = " or ".join(sorted({format for format, _ in kinds}))
+    scales = tensors.get(stem + _SCALES[end])
     if scales is None:
-        raise CheckpointError(f"{path}: {name!r} lacks its scales {stem + scales_end!r}; fetch the model again")
+        raise CheckpointError(f"{path}: {name!r} lacks its scales {stem + _SCALES[end]!r}; fetch the model again")
+    dtype = _LAYOUTS[data.dtype, min(kinds)[0]][0]
     if scales.dtype != dtype:
         raise CheckpointError(
-            f"{path}: {scales.name!r} is {scales.dtype}, and scales of {format} must be {dtype}; {_TRY}"
+            f"{path}: {scales.name!r} is {scales.dtype}, and scales of {formats} must be {dtype}; {_TRY}"
         )
     dims = data.shape
     if end == "_blocks" and len(dims) == 4 and dims[-1] == 16:
@@ -131,12 +140,16 @@ def _gather(name: str, end: str, tensors: Mapping[str, TensorInfo], groups: set[
     elif end == "_blocks" or len(dims) != 2:
         dims = ()
     if not dims or 0 in dims:
-        raise CheckpointError(f"{path}: {name!r} of shape {list(data.shape)} is no weight in {format}; fetch it again")
-    shape = (*dims[:-1], dims[-1] * per_element)
-    if not any(shape[-1] % (g or 1) == 0 and scales.shape == (*dims[:-1], shape[-1] // g if g else 1) for g in groups):
+        raise CheckpointError(f"{path}: {name!r} of shape {list(data.shape)} is no weight in {formats}; fetch it again")
+    for format, group in sorted(kinds):
+        width = dims[-1] * _LAYOUTS[data.dtype, format][1]
+        if width % (group or 1) == 0 and scales.shape == (*dims[:-1], width // group if group else 1):
+            break
+    else:
+        each = " or ".join(f"{str(g) if g else 'all'} weights of a row in {f}" for f, g in sorted(kinds))
         raise CheckpointError(
-            f"{path}: {scales.name!r} of shape {list(scales.shape)} does not fit {name!r}, {list(shape)} in {format}"
-            f" with a scale for {' or '.join(str(g) if g else 'all' for g in sorted(groups))} weights of a row"
+            f"{path}: {scales.name!r} of shape {list(scales.shape)} does not fit {name!r}, {list(data.shape)} {data.dtype} with"
+            f" a scale for {each}"
         )
     parts = [name, scales.name]
     if data.dtype == "I32":
@@ -147,7 +160,7 @@ def _gather(name: str, end: str, tensors: Mapping[str, TensorInfo], groups: set[
             )
         parts.append(told.name)
     to = name if end == "_blocks" else f"{stem}.weight"
-    nbytes = data.nbytes + scales.nbytes
+    nbytes, shape = data.nbytes + scales.nbytes, (*dims[:-1], width)
     return TensorInfo(to, format, shape, nbytes, data.file, data.offset, parts=(data, scales)), parts
 
 
@@ -177,7 +190,7 @@ def declared(config: Mapping[str, Any], path: Path) -> _Kinds:
         raise _malformed(path, "quantization_config", said, "an object with a quant_method")
     if method == "mxfp4":
         _strings(path, "modules_to_not_convert", said)
-        return {("_blocks", "U8"): {32}}
+        return {("_blocks", "U8"): {("mxfp4", 32)}}
     if method != "compressed-tensors":
         raise Unsupported(f"{path}: the weights are quantized by {method[:80]!r}, which is not supported; {_TRY}")
     _strings(path, "ignore", said)
@@ -196,13 +209,13 @@ def declared(config: Mapping[str, Any], path: Path) -> _Kinds:
             raise _unsupported(path, name, said[name])
     kinds: _Kinds = {}
     for key, group in groups.items():
-        kind, size = _kind(path, f"config_groups.{key[:80]}", group, said)
-        kinds.setdefault(kind, set()).add(size)
+        kind, format, size = _kind(path, f"config_groups.{key[:80]}", group, said)
+        kinds.setdefault(kind, set()).add((format, size))
     return kinds
 
 
-def _kind(path: Path, where: str, group: Any, said: dict[str, Any]) -> tuple[_Kind, int]:
-    """What the weights of one group look like, and how many share a scale."""
+def _kind(path: Path, where: str, group: Any, said: dict[str, Any]) -> tuple[_Kind, str, int]:
+    """What the weights of one group look like, their format, and how many share a scale."""
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise _malformed(path, where, group, "an object that describes weights")
@@ -212,18 +225,19 @@ def _kind(path: Path, where: str, group: Any, said: dict[str, Any]) -> tuple[_Ki
     stored = group.get("format") or said.get("format")
     if not isinstance(stored, str) or stored not in _STORED:
         raise _unsupported(path, f"{where}.format", stored)
-    end, dtype, want = _STORED[stored]
-    given = _DEFAULTS | weights
-    for name, value in (_DEFAULTS | want).items():
+    end, dtype = _STORED[stored]
+    formats = [format for data, format in _LAYOUTS if data == dtype]
+    format = next((f for f in formats if _SAID[f]["num_bits"] == weights.get("num_bits")), formats[0])
+    given, want = _DEFAULTS | weights, _DEFAULTS | _SAID[format]
+    for name, value in want.items():
         if given.get(name) != value:
             raise _unsupported(path, f"{where}.weights.{name}", given.get(name))
     if weights.get("actorder") not in _ACTORDER:
         raise _unsupported(path, f"{where}.weights.actorder", weights["actorder"])
     size = weights.get("group_size")
-    sizes = {"mxfp4": (32,), "int4": GROUPS, "int8": (None, -1, 0)}[_LAYOUTS[end, dtype][0]]
-    if type(size) not in (int, type(None)) or size not in sizes:
+    if type(size) not in (int, type(None)) or size not in _SIZES[format]:
         raise _unsupported(path, f"{where}.weights.group_size", size)
-    return (end, dtype), max(size or 0, 0)
+    return (end, dtype), format, max(size or 0, 0)
 
 
 def _strings(path: Path, name: str, said: Mapping[str, Any]) -> None:

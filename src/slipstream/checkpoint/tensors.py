@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.errors import CheckpointError
+from slipstream.ops.formats.blocks import BLOCKS
 
 if TYPE_CHECKING:
     import torch

@@ -164,7 +164,10 @@ class EngineOptions:
         str | None, _engine("float32, bfloat16 or float16. Default: the checkpoint's own where it is fast here.")
     ] = None
     quantization: Annotated[
-        str | None, _engine("auto holds weights as the checkpoint has them; dequantize widens packed ones; mxfp4, int8, int4 quantize. Default: auto.")
+        str | None,
+        _engine(
+            "auto holds weights as the checkpoint has them; dequantize widens packed ones; mxfp4, int8, int4 quantize. Default: auto."
+        ),
     ] = None
     max_model_len: Annotated[
         int | None, _engine("Longest prompt + answer. Default: the model's own, if memory allows.", metavar="TOKENS")

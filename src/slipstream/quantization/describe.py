@@ -34,7 +34,7 @@ _WEIGHTS: dict[str, dict[str, Any]] = {
     "int8": {"num_bits": 8, "type": "int", "strategy": "channel"},
     "int4": {"num_bits": 4, "type": "int", "strategy": "group"},
 }  # fmt: skip
-_STORED = {"mxfp4": "mxfp4-pack-quantized", "int8": "int-quantized", "int4": "pack-quantized"}
+_STORED = {"mxfp4": "mxfp4-pack-quantized", "int8": "pack-quantized", "int4": "pack-quantized"}
 _PUBLISHED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 

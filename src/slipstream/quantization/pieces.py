@@ -12,6 +12,7 @@ from torch import Tensor
 from slipstream.checkpoint.save import Entry
 from slipstream.errors import CheckpointError
 from slipstream.ops.formats import Weight, decode, encode, packed_shapes
+from slipstream.quantization.select import PER_I32
 
 Piece = tuple[str, Any]  # the name of a tensor, and the next bytes of it
 _VALUES = 1 << 22  # numbers that are converted at a time
@@ -59,12 +60,10 @@ def convert(values: Tensor, module: str, format: str, group: int, errors: Errors
 def entries_of(module: str, format: str, shape: tuple[int, ...], group: int) -> tuple[Entry, ...]:
     """The tensors that hold a matrix in the layout of the compressed-tensors library."""
     data, scales = packed_shapes(format, shape, group)
-    if format == "int8":
-        return Entry(f"{module}.weight", "I8", data), Entry(f"{module}.weight_scale", "BF16", scales)
     if format == "mxfp4":
         packed = Entry(f"{module}.weight_packed", "U8", (shape[0], shape[1] // 2))
         return packed, Entry(f"{module}.weight_scale", "U8", scales)
-    packed = Entry(f"{module}.weight_packed", "I32", (shape[0], shape[1] // 8))
+    packed = Entry(f"{module}.weight_packed", "I32", (shape[0], shape[1] // PER_I32[format]))
     return packed, Entry(f"{module}.weight_scale", "BF16", scales), Entry(f"{module}.weight_shape", "I64", (2,))
 
 
@@ -72,7 +71,8 @@ def pieces_of(entries: tuple[Entry, ...], weights: Iterable[Weight], shape: tupl
     """The bytes of these tensors: of data, of scales, and what says the shape where there is one."""
     for weight in weights:
         assert weight.scales is not None
-        yield entries[0].name, raw(weight.data)
+        codes = weight.data.view(torch.uint8) ^ 128 if weight.format == "int8" else weight.data  # stored as code + 128
+        yield entries[0].name, raw(codes)
         yield entries[1].name, raw(weight.scales)
     for entry in entries[2:]:
         yield entry.name, raw(torch.tensor(shape))

@@ -211,8 +211,6 @@ class _Run:
             notes.append("an unfinished run of other settings or another source was found, so this one started anew")
         if self.selection.model_type == "gpt_oss" and not self.published:
             notes.append("experts of gpt-oss in this form are read by slipstream only; others read them in mxfp4 alone")
-        elif any(".experts." in m and format == "int8" for m, (format, _) in self.packed.items()):
-            notes.append("transformers 5.17 does not read experts in int8; slipstream does")
         widened = [i for i in self.checkpoint.tensors.values() if i.is_quantized and not self.work.packs(i)]
         if widened:  # GGUF's blocks have no place in safetensors
             name = str(self.dtype).removeprefix("torch.")

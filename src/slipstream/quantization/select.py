@@ -16,6 +16,8 @@ from slipstream.ops.formats import GROUPS, MADE
 
 Shape = tuple[int, ...]
 
+PER_I32 = {"int8": 4, "int4": 8}  # codes in one element of a file
+
 # The linear layers inside a decoder layer, by the names that checkpoints give them. Embeddings, head, norms, biases and
 # routers are not among them; nor is anything of a vision tower, whose layers stand under another name.
 _LINEAR = re.compile(
@@ -95,9 +97,8 @@ class Selection:
         widths = {m: row_width(n, tensors[n]) for m, n in known.items() if self.takes(n, tensors[n])}
         if not widths:
             raise ConfigError("modules, skip: nothing is left to convert; name other modules, or skip fewer")
-        if self.format == "int8":
-            return 0
-        sizes = (32,) if self.format == "mxfp4" else (self.group_size,) if self.group_size else GROUPS
+        fixed = {"mxfp4": 32, "int8": PER_I32["int8"], "int4": self.group_size}[self.format]
+        sizes = (fixed,) if fixed else GROUPS
         for size in sizes:
             if all(width % size == 0 for width in widths.values()):
                 return size if self.format == "int4" else 0
