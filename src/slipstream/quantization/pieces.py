@@ -59,7 +59,7 @@ def convert(values: Tensor, module: str, format: str, group: int, errors: Errors
 
 def entries_of(module: str, format: str, shape: tuple[int, ...], group: int) -> tuple[Entry, ...]:
     """The tensors that hold a matrix in the layout of the compressed-tensors library."""
-    data, scales = packed_shapes(format, shape, group)
+    _, scales = packed_shapes(format, shape, group)
     if format == "mxfp4":
         packed = Entry(f"{module}.weight_packed", "U8", (shape[0], shape[1] // 2))
         return packed, Entry(f"{module}.weight_scale", "U8", scales)
