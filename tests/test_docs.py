@@ -183,7 +183,9 @@ def test_every_file_and_function_that_is_named_exists(name: str) -> None:
 
 
 def test_the_check_of_names_finds_what_is_wrong() -> None:
-    right = "`llm.py`, `llm.py:LLM.generate`, `tests/test_docs.py:names_in`, `ops/native/blocks.c:dot_rows`, `README.md`"
+    right = (
+        "`llm.py`, `llm.py:LLM.generate`, `tests/test_docs.py:names_in`, `ops/native/blocks.c:dot_rows`, `README.md`"
+    )
     wrong = ["nowhere.py", "llm.py:LLM.nothing", "ops/native/blocks.c:nothing_here"]
     assert wrong_mentions(right) == []
     assert wrong_mentions(" ".join(f"`{w}`" for w in wrong)) == wrong
