@@ -26,9 +26,13 @@ class CheckpointError(SlipstreamError):
 
 
 class KernelError(SlipstreamError):
-    """No implementation of an op can run this case, or the forced one cannot."""
+    """No implementation of an op can run this case, or the forced one cannot. `rejected` has (name, why) of each."""
 
     exit_code = 4
+
+    def __init__(self, message: str, *, rejected: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.rejected = rejected
 
 
 class CapacityError(SlipstreamError):

@@ -192,7 +192,7 @@ class EngineOptions:
         str | None, _engine("Force an attention that `slipstream explain` lists. Default: the fastest that fits.")
     ] = None
     linear_implementation: Annotated[
-        str | None, _engine("The same for matrices that are not quantized. Default: the fastest that fits.")
+        str | None, _engine("The same for every matrix that it takes. Default: the fastest that fits.")
     ] = None
     num_threads: Annotated[int | None, _engine("CPU threads. Default: torch's choice, one a core.")] = None
 

@@ -76,6 +76,7 @@ def choose(op: str, impls: Sequence[Impl], case: Case, force: str | None = None)
         reasons = "; ".join(f"{name}: {why}" for name, why in rejected)
         what = f"{force!r} was forced but cannot run" if force else "no implementation can run"
         facts = "".join(f", {name}={value}" for name, value in case.facts.items())
-        raise KernelError(f"{op}: {what} on {case.device} with {case.dtype}{facts}: {reasons or 'there is none'}")
+        message = f"{op}: {what} on {case.device} with {case.dtype}{facts}: {reasons or 'there is none'}"
+        raise KernelError(message, rejected=tuple(rejected))
     reason = "forced" if force else ("the first of the list that can run" if rejected else "the only one")
     return Choice(op, taken.name, reason, taken.load(), tuple(rejected))

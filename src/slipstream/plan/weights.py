@@ -48,7 +48,10 @@ class _Holder:
             try:
                 self.ops.linear(format, shape[-2], shape[-1], embedding)
             except KernelError as e:
-                self.refused.setdefault(format, str(e))
+                here = [
+                    f"{name} {why}" for name, why in e.rejected if f"not {format}" not in why
+                ]  # not of other formats
+                self.refused.setdefault(format, "; ".join(here) or f"no implementation takes {format}")
         return format
 
 
@@ -70,7 +73,10 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
         return not source.parts and name is not None and selection.takes(name, source.shape)
 
     covered = {t.name: t.shape for t in checkpoint.tensors.values() if made and takes(t)}
-    group = selection.check(covered) if covered else 0
+    try:
+        group = selection.check(covered) if covered else 0
+    except ConfigError as e:
+        raise ConfigError(f"quantization: {e}") from e
     if made and not covered and all(t.format != made for t in checkpoint.tensors.values()):
         raise ConfigError(f"quantization: there is no weight in {checkpoint.path} that could be held as {made}")
     hold = _Holder(asked.quantization, takes, config.tie_word_embeddings, ops, device)
@@ -98,9 +104,10 @@ def _refusal(refused: dict[str, str], loads: tuple[Load, ...], dtype: torch.dtyp
             if format in refused and not item.shared:
                 packed += source.nbytes
                 wide += math.prod(source.shape) * dtype.itemsize
+    reasons = ". ".join(f"{format}: {why}" for format, why in refused.items())
     return (
-        f"quantization: weights cannot run here as {', '.join(refused)}; quantization='dequantize' would hold them as "
-        f"{str(dtype)[6:]}, {wide / 2**30:.2f} GiB where the file has {packed / 2**30:.2f}. {'; '.join(refused.values())}"
+        f"quantization: weights cannot run here as {' and '.join(refused)}. {reasons}. quantization='dequantize' would hold "
+        f"them as {str(dtype)[6:]}, {wide / 2**30:.2f} GiB where the file has {packed / 2**30:.2f} GiB"
     )
 
 

@@ -107,7 +107,7 @@ class Selection:
         some = ", ".join(f"{m} ({widths[m]})" for m in wrong[:4]) + (", ..." if len(wrong) > 4 else "")
         raise ConfigError(
             f"{self.format} needs rows of a multiple of {size} weights, which {len(wrong)} modules do not have: {some}; "
-            f"leave them out with --skip, as in --skip '*.{wrong[0].rpartition('.')[2]}'"
+            f"`slipstream quantize` leaves them out with --skip, as in --skip '*.{wrong[0].rpartition('.')[2]}'"
         )
 
 
