@@ -21,7 +21,7 @@ PROMPTS = [[7, 3, 90, 4, 4, 61], list(range(40)), [11]]
 def written(name: str, folder: Path) -> Path:
     kind, changes = TINY[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TINY, name, (kind, changes | SIZES | {"hidden_size": 192}))
+        patch.setitem(TINY, name, (kind, changes | SIZES | {"hidden_size": 192, "moe_intermediate_size": 64, "head_dim": 32}))
         save(name, folder)
     return folder
 
@@ -40,7 +40,7 @@ def test_gpt_oss_as_published(tmp_path: Path, dtype: str) -> None:
     assert {c.op: c.name for c in llm.plan.choices}["linear[mxfp4]"] == "triton"
     assert {i.held for i in llm.plan.loads if len(i.shape) == 3} == {"mxfp4"}
     for mine, theirs in zip(got, want, strict=True):
-        assert (mine - theirs).norm() / theirs.norm() < (1e-4 if dtype == "float32" else 0.03)
+        assert (mine - theirs).norm() / theirs.norm() < (1e-4 if dtype == "float32" else 0.08)
 
 
 @pytest.mark.parametrize("made", MADE)
