@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,25 @@ from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig
 from slipstream.errors import CheckpointError
 from slipstream.layers.linear import Embedding
+from slipstream.ops.formats import encode
 from slipstream.plan import Plan, make_plan
+from slipstream.plan.weights import held_bytes
+from slipstream.quantization.quantize import quantize
 from tests.checkpoint.test_gguf_names import MODELS, build, to_gguf
+from tests.engine.tiny import LLAMA, write
 from tests.parity.tiny import save
 
 ASKED = EngineConfig(dtype="float32", kv_cache_memory_bytes=1 << 22, max_model_len=32, quantization="dequantize")
 Spoil = Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
 
 
-def plan_of(path: Path) -> Plan:
-    return make_plan(ASKED, open_checkpoint(path))
+def plan_of(path: Path, **changes: Any) -> Plan:
+    return make_plan(replace(ASKED, **changes), open_checkpoint(path))
 
 
-def filled(path: Path) -> dict[str, torch.Tensor]:
+def filled(path: Path, **changes: Any) -> dict[str, torch.Tensor]:
     """Every tensor of the loaded model, also those that an op has laid out."""
-    plan = plan_of(path)
+    plan = plan_of(path, **changes)
     load(plan.model, plan.loads, open_checkpoint(path), plan.device)
     found = dict(plan.model.named_parameters())
     for name, module in plan.model.named_modules():
@@ -109,6 +114,47 @@ def test_a_tied_head_may_lie_in_the_file_but_must_be_the_embedding(spoiled: Call
     path = spoiled("llama-biases-tied", differ)
     with pytest.raises(CheckpointError, match="ties the head to the embedding, but lm_head.weight differs"):
         filled(path)
+
+
+@pytest.mark.parametrize("to", ["int4", "int8", "mxfp4"])
+def test_a_tied_head_that_is_packed_must_have_the_same_scales_too(to: str, tmp_path: Path) -> None:
+    write(tmp_path / "floats", LLAMA | {"tie_word_embeddings": True, "intermediate_size": 64})
+    quantize(tmp_path / "floats", tmp_path / "packed", to=to)
+    (tmp_path / "packed" / "slipstream.json").unlink()
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.embed_tokens.weight"]
+    for part in ("packed", "scale"):
+        rows = tensors[f"model.layers.0.mlp.up_proj.weight_{part}"].repeat(3, 1)[:131]  # as wide
+        tensors[f"model.embed_tokens.weight_{part}"], tensors[f"lm_head.weight_{part}"] = rows, rows.clone()
+    if to != "mxfp4":
+        tensors |= {f"{n}.weight_shape": torch.tensor([131, 32]) for n in ("model.embed_tokens", "lm_head")}
+    save_file(tensors, path)
+    filled(path.parent, quantization="auto")
+    tensors["lm_head.weight_scale"][130] += 1
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="ties the head to the embedding, but lm_head.weight differs"):
+        filled(path.parent, quantization="auto")
+
+
+def test_what_arrived_packed_is_never_encoded_again(tmp_path: Path) -> None:
+    """In one matrix (queries, keys, values): groups of two sizes, or packed ones beside floats that are to be packed."""
+    write(tmp_path / "floats", LLAMA | {"hidden_size": 128, "intermediate_size": 160})
+    quantize(tmp_path / "floats", tmp_path / "queries", to="int4", modules=["*.q_proj"], group_size=64)
+    quantize(tmp_path / "queries", tmp_path / "all", to="int4", group_size=32)
+    stem = "model.layers.2.self_attn."
+    for name, quantization in (("all", "auto"), ("queries", "int4")):
+        checkpoint = open_checkpoint(tmp_path / name)
+        plan = plan_of(tmp_path / name, quantization=quantization, linear_implementation="reference")
+        load(plan.model, plan.loads, checkpoint, plan.device)
+        (_, (_, queries, scales)), (_, (_, others, _)) = plan.model.layers[2].attention.qkv.parts
+        want = checkpoint.read_weight(f"{stem}q_proj.weight")
+        assert torch.equal(queries, want.data) and torch.equal(scales, want.scales)
+        floats = open_checkpoint(tmp_path / "floats")
+        keys = encode(torch.cat([floats.read(f"{stem}{x}_proj.weight") for x in "kv"]), "int4", 32)
+        assert torch.equal(others, keys.data)
+        item = next(i for i in plan.loads if i.to == "layers.2.attention.qkv.weight")
+        assert held_bytes(item, plan.ops) == want.nbytes + keys.nbytes
 
 
 def test_only_the_vision_part_of_a_model_that_sees_is_left_out(spoiled: Callable[[str, Spoil], Path]) -> None:

@@ -170,6 +170,15 @@ def test_a_disk_without_room(source: Path, tmp_path: Path, monkeypatch: pytest.M
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_disk_that_is_still_full_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(source, tmp_path / "out", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(CapacityError, match="the disk has 1,000 free"):
+            quantize(source, tmp_path / "out", **ASKED)
+    assert quantize(source, tmp_path / "out", **ASKED).resumed > 0
+
+
 def test_a_disk_that_fills_up(source: Path, tmp_path: Path) -> None:
     class Full(OSError):
         def __init__(self) -> None:

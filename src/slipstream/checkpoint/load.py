@@ -68,13 +68,23 @@ class Load:
         return any(f == "dense" and s.is_quantized for f, s in zip(self.formats, self.sources, strict=True))
 
     def parts(self) -> Iterator[tuple[str, tuple[TensorInfo, ...], tuple[int, ...]]]:
-        """Neighbours of one format and where they come from: (format, sources, shape). One part where all agree."""
-        if len(set(self.formats)) == 1:
+        """Neighbours that are laid out alike, and where they come from: (format, sources, shape). One part where all are."""
+        layouts = _layouts(self.formats, self.sources)
+        if len(set(layouts)) == 1:
             yield self.formats[0], self.sources, self.shape
             return
-        for format, pairs in itertools.groupby(zip(self.formats, self.sources, strict=True), lambda pair: pair[0]):
+        for (format, _), pairs in itertools.groupby(zip(layouts, self.sources, strict=True), lambda pair: pair[0]):
             sources = tuple(source for _, source in pairs)
             yield format, sources, (sum(s.shape[0] for s in sources), *self.shape[1:])
+
+
+def _layouts(held: Sequence[str], sources: Sequence[TensorInfo]) -> list[tuple[str, int]]:
+    """What sources must agree in to be one matrix: the format, and how many weights share a scale in what stays as it
+    arrived. What is still to be encoded (-1) stands apart, as nothing packed is to be encoded a second time."""
+    return [
+        (format, 0 if format == "dense" else source.group if format == source.format else -1)
+        for format, source in zip(held, sources, strict=True)
+    ]
 
 
 def dry_run(model: nn.Module, weights: Iterable[Weight], checkpoint: Checkpoint, *, num_layers: int, num_experts: int,
@@ -143,10 +153,11 @@ def _check(to: str, sources: tuple[TensorInfo, ...], rule: Weight, parameter: Te
     )
     if rule.transform not in ROWWISE and any(s.is_quantized for s in sources):
         raise CheckpointError(f"{sources[0].file}: {sources[0].name} is {sources[0].dtype}, where numbers are expected")
-    if len(set(held)) > 1 and rule.transform is not rows:
+    if len(set(_layouts(held, sources))) > 1 and rule.transform is not rows:
         raise CheckpointError(
-            f"{sources[0].file}: the experts of {to} arrive in several formats ({', '.join(sorted(set(held)))}), and a stack "
-            "holds one; quantization='dequantize' makes floats of them all"
+            f"{sources[0].file}: the experts of {to} arrive in several formats or groups "
+            f"({', '.join(sorted({s.dtype for s in sources}))}), and a stack holds one; quantization='dequantize' makes floats "
+            "of them all"
         )
     return Load(to, sources, rule, shape, held, shared=shared, twin=twin)
 
@@ -228,7 +239,7 @@ def _numbers(checkpoint: Checkpoint, item: Load, sources: Sequence[TensorInfo], 
 
 def _same(held: Matrix, twin: Matrix) -> bool:
     """Whether two weights stand for the same numbers."""
-    if held.format == twin.format != "dense":
+    if held.format == twin.format != "dense" and held.scales is None:
         return torch.equal(held.data.cpu(), twin.data)
     dtype = held.data.dtype if held.format == "dense" else torch.float32
     return torch.equal(formats.decode(held, dtype).cpu(), formats.decode(twin, dtype))

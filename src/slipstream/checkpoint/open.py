@@ -63,8 +63,7 @@ class Checkpoint:
             import torch
 
             data, scales = (read_dense(p) for p in info.parts)
-            width = info.shape[-1]
-            shapes = packed_shapes(info.format, info.shape, width // info.parts[1].shape[-1])
+            shapes = packed_shapes(info.format, info.shape, info.group)
             if data.dtype != torch.int8:
                 data = data.view(torch.uint8)
                 data = (data ^ 128).view(torch.int8) if info.format == "int8" else data  # stored as code + 128

@@ -74,6 +74,11 @@ class TensorInfo:
         return self.dtype if self.is_quantized else "dense"
 
     @property
+    def group(self) -> int:
+        """How many weights share a scale that stands apart; 0 where none does."""
+        return self.shape[-1] // self.parts[1].shape[-1] if self.parts else 0
+
+    @property
     def rows(self) -> int:
         """Number of innermost rows."""
         n = 1

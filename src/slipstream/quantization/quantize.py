@@ -15,7 +15,7 @@ from slipstream.checkpoint.open import Checkpoint, open_checkpoint
 from slipstream.checkpoint.save import Entry, file_bytes, shard_names, write_index, write_json, write_shard
 from slipstream.checkpoint.support import refuse_quantized
 from slipstream.config import ModelConfig
-from slipstream.errors import ConfigError, SlipstreamError
+from slipstream.errors import CapacityError, ConfigError, SlipstreamError
 from slipstream.quantization.describe import beside, config_of, write_beside
 from slipstream.quantization.folder import (
     Journal,
@@ -154,7 +154,7 @@ class _Run:
                 self._describe(hidden, journal, errors)
             except BaseException as e:
                 journal.close()
-                if isinstance(e, SlipstreamError):
+                if isinstance(e, SlipstreamError) and not (isinstance(e, CapacityError) and journal.finished):
                     shutil.rmtree(hidden)  # the same call would end the same way
                 raise
             journal.close(remove=True)

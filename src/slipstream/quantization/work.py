@@ -120,7 +120,7 @@ class Work:
     def _format(self, info: TensorInfo) -> tuple[str, int]:
         """The format in the end, and the weights that share a scale."""
         if not self.takes(info):
-            return info.format, info.shape[-1] // info.parts[1].shape[-1] if info.format == "int4" else 0
+            return info.format, info.group if info.format == "int4" else 0
         if not info.is_quantized and info.dtype not in _FLOATS:
             raise CheckpointError(f"{info.file}: {info.name} is {info.dtype}, which cannot be converted; leave it out")
         return self.selection.format, self.group
