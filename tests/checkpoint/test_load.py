@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from slipstream.checkpoint.load import load
 from slipstream.checkpoint.open import open_checkpoint
+from slipstream.checkpoint.tensors import TensorInfo
 from slipstream.config import EngineConfig
-from slipstream.errors import CheckpointError
+from slipstream.errors import CheckpointError, KernelError
 from slipstream.layers.linear import Embedding
 from slipstream.ops.formats import encode
 from slipstream.plan import Plan, make_plan
@@ -135,6 +138,20 @@ def test_a_tied_head_that_is_packed_must_have_the_same_scales_too(to: str, tmp_p
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="ties the head to the embedding, but lm_head.weight differs"):
         filled(path.parent, quantization="auto")
+
+
+def test_what_is_no_matrix_is_not_widened_unasked(tmp_path: Path) -> None:
+    """GGUF may hold a bias or a norm in blocks, though no converter writes that."""
+    checkpoint = open_checkpoint(write(tmp_path, LLAMA))
+    packed = TensorInfo("model.norm.weight", "MXFP4", (32,), 17, tmp_path / "blocks", 0)
+    packed.file.write_bytes(bytes([128, *range(3, 19)]))
+    checkpoint = replace(checkpoint, tensors=checkpoint.tensors | {packed.name: packed})
+    with pytest.raises(KernelError, match=r"norm\.weight arrives as MXFP4, and only matrices are held packed"):
+        make_plan(replace(ASKED, quantization="auto"), checkpoint)
+    plan = make_plan(ASKED, checkpoint)
+    load(plan.model, plan.loads, replace(checkpoint, kind="gguf"), plan.device)
+    want = gguf.quants.dequantize(np.fromfile(packed.file, np.uint8), gguf.GGMLQuantizationType.MXFP4)
+    assert plan.model.norm.weight.tolist() == want.tolist()
 
 
 def test_what_arrived_packed_is_never_encoded_again(tmp_path: Path) -> None:

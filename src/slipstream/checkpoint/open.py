@@ -76,7 +76,8 @@ class Checkpoint:
         from slipstream.ops.formats.blocks import mxfp4_from_gguf
 
         data, scales = mxfp4_from_gguf(rows)
-        return Weight("mxfp4", data, info.shape, scales)
+        shapes = packed_shapes("mxfp4", info.shape)
+        return Weight("mxfp4", data.view(shapes[0]), info.shape, scales.view(shapes[1]))
 
     def dequantize(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Any tensor as `dtype` in its logical shape."""

@@ -92,6 +92,11 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
         loads = tuple(replace(item, group=group) for item in loads)
         why["quantization"] = f"{made} was asked for: {len(covered)} tensors are quantized as they load"
     for item in loads:
+        if item.widened and asked.quantization != "dequantize":
+            raise KernelError(
+                f"quantization: {item.to} arrives as {item.arrived}, and only matrices are held packed; "
+                f"quantization='dequantize' makes {str(ops.dtype)[6:]} of it, and of all other packed weights"
+            )
         if item.widened:
             why[f"{item.arrived} widened to {str(ops.dtype)[6:]}"] = "quantization='dequantize' was asked for"
     return loads

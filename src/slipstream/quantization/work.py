@@ -218,7 +218,7 @@ class Work:
 
             def biases(errors: Errors) -> Iterator[Piece]:
                 for row in infos:
-                    both = torch.stack([read_dense(i).to(self.dtype) for i in row], 1)
+                    both = torch.stack([self.checkpoint.dequantize(i.name, self.dtype) for i in row], 1)
                     yield entry.name, raw(both)
 
             return Job((entry,), biases, read)
