@@ -97,6 +97,19 @@ def test_a_finished_shard_that_was_damaged_is_written_again(source: Path, tmp_pa
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "line", ["5", "null", "[]", "{}", '{"shard": "config.json"}', '{"shard": "model-00001-of-00006.safetensors"}', "\0"]
+)
+def test_a_journal_that_was_damaged_is_not_trusted(source: Path, tmp_path: Path, line: str) -> None:
+    whole = quantize(source, tmp_path / "whole", **ASKED)
+    journal = interrupted(source, tmp_path / "out", 30) / ".journal"
+    head = journal.read_text().splitlines()[0]
+    journal.write_text(f"{head}\n{line}\n")
+    report = quantize(source, tmp_path / "out", **ASKED)
+    assert report.resumed == 0 and report.errors == whole.errors
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
 def test_a_folder_that_exists_is_replaced_only_when_asked(source: Path, tmp_path: Path) -> None:
     out = write(tmp_path / "out", CONFIG, seed=5)
     old = digest(out)

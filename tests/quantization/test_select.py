@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from slipstream.errors import ConfigError
+from slipstream import ConfigError, quantize
 from slipstream.quantization.select import Selection
 
 L = "model.layers.7."
@@ -39,6 +41,8 @@ NEVER = [
     (L + "mlp.experts.gate_up_proj_bias", (5, 64)),
     (L + "mlp.experts.0.up_proj.bias", (64,)),
     ("model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight", (64, 64)),
+    (L + "mlp.up_proj.weight", (0, 64)),
+    (L + "mlp.down_proj.weight", (64, 0)),
     ("model.layers.x.self_attn.q_proj.weight", (96, 64)),
 ]
 
@@ -109,6 +113,13 @@ def test_the_rows_of_floats_in_a_stack_are_its_columns() -> None:
 def test_what_cannot_be_asked(changes: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Selection(**{"format": "mxfp4", "model_type": "llama", **changes}).check(shapes(64, 48, 33))
+
+
+@pytest.mark.parametrize("option", ["modules", "skip"])
+@pytest.mark.parametrize("given", ["*.mlp.*", None, 5])
+def test_patterns_are_a_list(option: str, given: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^{option}: must be a list of patterns .* got {re.escape(repr(given))}"):
+        quantize("no/model", "out", **{option: given})
 
 
 def test_it_needs_no_torch() -> None:

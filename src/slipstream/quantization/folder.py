@@ -19,6 +19,7 @@ from slipstream.errors import CapacityError, CheckpointError, ConfigError
 
 JOURNAL = ".journal"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NOTED = {"shard", "bytes", "sha256", "errors"}  # of each finished shard
 _SPARE = 16 << 20  # bytes of disk beyond the weights: config, tokenizer, manifest
 
 
@@ -125,18 +126,19 @@ class Journal:
     def _lines(self) -> list[dict[str, Any]]:
         try:
             text = self._path.read_text("utf-8")
-            return [json.loads(line) for line in text.split("\n")[:-1]]  # a line without its end was cut off
+            lines = [json.loads(line) for line in text.split("\n")[:-1]]  # a line without its end was cut off
         except (OSError, ValueError):
             return []
+        return lines[:1] + [line for line in lines[1:] if isinstance(line, dict) and line.keys() == _NOTED]
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def finish(self, shard: str, **noted: Any) -> None:
+    def finish(self, shard: str, *, bytes: int, sha256: str, errors: Mapping[str, tuple[float, float]]) -> None:
         """Note that a shard is on the disk."""
-        self.finished[shard] = {"shard": shard, **noted}
+        self.finished[shard] = {"shard": shard, "bytes": bytes, "sha256": sha256, "errors": errors}
         self._append(self.finished[shard])
 
     def close(self, *, remove: bool = False) -> None:

@@ -96,11 +96,11 @@ def quantize(
     """
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be a whole number of at least 1, got {max_shard_bytes!r}")
-    Selection(to, "", tuple(modules), tuple(skip), group_size)  # before anything is fetched
+    Selection(to, "", modules, skip, group_size)  # before anything is fetched
     checkpoint = open_checkpoint(resolve(model, progress=progress))
     config = ModelConfig.from_hf(checkpoint.config)
     refuse_quantized(checkpoint, config.quantization)
-    selection = Selection(to, config.model_type, tuple(modules), tuple(skip), group_size)
+    selection = Selection(to, config.model_type, modules, skip, group_size)
     group = selection.check({n: i.shape for n, i in checkpoint.tensors.items()})
     target = Path(out).expanduser().absolute()
     target = target.parent.resolve() / target.name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -47,8 +47,8 @@ class Selection:
 
     format: str
     model_type: str
-    modules: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
+    modules: Sequence[str] = ()
+    skip: Sequence[str] = ()
     group_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Selection:
             raise ConfigError(f"to: must be one of {', '.join(MADE)}, got {self.format!r}")
         for option in ("modules", "skip"):
             patterns = getattr(self, option)
-            if isinstance(patterns, str) or not all(isinstance(p, str) and p for p in patterns):
+            if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) and p for p in patterns):
                 raise ConfigError(f"{option}: must be a list of patterns such as 'model.layers.0.*', got {patterns!r}")
         if self.group_size is None:
             return
@@ -114,7 +114,7 @@ class Selection:
 def eligible(name: str, shape: Shape) -> bool:
     """Whether a tensor could be converted at all: a matrix, or a stack of experts, of a linear layer."""
     module = module_of(name)
-    if not _LINEAR.fullmatch(module):
+    if not _LINEAR.fullmatch(module) or 0 in shape:
         return False
     return len(shape) == 2 if name.endswith(".weight") else len(shape) == 3 and _STACK.fullmatch(module) is not None
 
