@@ -18,6 +18,7 @@ from slipstream.config import EngineConfig
 from slipstream.errors import CapacityError, ConfigError, KernelError
 from slipstream.ops.formats import Weight
 from slipstream.plan import Plan, make_plan
+from slipstream.plan.weights import held_bytes
 from tests.engine import tiny
 
 
@@ -80,6 +81,14 @@ def test_gguf_bytes_are_those_held(smollm2: Path, options: dict[str, Any]) -> No
     llm = LLM(smollm2, device="cpu", max_model_len=64, kv_cache_memory_bytes=16 << 20, **options)
     assert llm.engine.runner.storage.nbytes == llm.plan.kv_bytes <= 16 << 20
     assert llm.plan.weights_bytes == pytest.approx(held_by(llm.plan.model), rel=0.01)
+
+
+def test_a_shared_weight_that_is_laid_out_anew_counts_twice(smollm2: Path) -> None:
+    triton = pytest.importorskip("slipstream.ops.linear.triton", exc_type=ImportError)
+    p = plan(smollm2, max_model_len=64)
+    (head,) = (item for item in p.loads if item.shared)
+    assert head.held == "Q8_0" and held_bytes(head, p.ops) == 0  # the C kernel takes the embedding's blocks
+    assert held_bytes(head, dataclasses.replace(p.ops, linear=lambda *_: triton.Triton())) == head.sources[0].nbytes
 
 
 def test_pages_use_what_they_are_given_but_no_more(hybrid: Path) -> None:
@@ -253,17 +262,17 @@ def test_what_is_made_while_loading_is_counted_before(smollm2: Path, made: str) 
 
 
 def test_what_cannot_run_says_what_widening_costs(hybrid: Path) -> None:
-    """K-quants have no kernel: an error with both sizes, and the way out that it names works. Headers are enough."""
+    """IQ4_XS has no kernel: an error with both sizes, and the way out that it names works. Headers are enough."""
     checkpoint = open_checkpoint(hybrid)
     name = "model.layers.0.self_attn.o_proj.weight"
-    changed = dataclasses.replace(checkpoint.tensors[name], dtype="Q4_K", nbytes=144 << 20)
+    changed = dataclasses.replace(checkpoint.tensors[name], dtype="IQ4_XS", nbytes=136 << 20)
     checkpoint = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, name: changed})
     with pytest.raises(
-        KernelError, match=r"as Q4_K\. Q4_K: reference .*\. quantization='dequantize' would hold them .* 0\.14 GiB"
+        KernelError, match=r"as IQ4_XS\. IQ4_XS: reference .*\. quantization='dequantize' would hold them .* 0\.13 GiB"
     ):
         make_plan(EngineConfig(device="cpu", max_model_len=64), checkpoint)
     widened = make_plan(EngineConfig(device="cpu", max_model_len=64, quantization="dequantize"), checkpoint)
-    assert "Q4_K widened to bfloat16" in widened.why
+    assert "IQ4_XS widened to bfloat16" in widened.why
 
 
 def test_what_cannot_be_made_is_an_error(hybrid: Path) -> None:

@@ -71,6 +71,15 @@ def inside_nan(x: Tensor) -> Tensor:
     return torch.cat((x, torch.full_like(x, torch.nan)), 1)[:, : x.shape[1]]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_it_says_it_holds_is_what_it_allocates(name: str) -> None:
+    weight = make(name, (203, 256))
+    theirs = {t.data_ptr() for t in (weight.data, weight.scales) if t is not None}
+    made = [t for t in Triton().prepare(weight, F32) if t.data_ptr() not in theirs]
+    said = Triton().held_bytes(weight.format, weight.shape, F32, weight.nbytes)
+    assert said == (sum(t.nbytes for t in made) if made else None)
+
+
 def error(name: str, tokens: int, dtype: torch.dtype, device: str = "cpu", rows: int = 203, width: int = 96) -> float:
     """The largest error relative to the largest result, one matrix out of a stack of three."""
     width = max(width, 1 if "-" not in name else 3 * int(name.split("-")[1]))

@@ -124,10 +124,14 @@ def held_bytes(item: Load, ops: Ops) -> int:
             total += 0 if item.shared else math.prod(shape) * ops.dtype.itemsize
             continue
         kernel = None if item.to == "embed.weight" else ops.linear(format, shape[-2], shape[-1], item.shared)
+        packed = packed_bytes(item, format, sources, shape)
+        own = None
         if kernel is not None and hasattr(kernel, "held_bytes"):
-            total += kernel.held_bytes(format, shape, ops.dtype, packed_bytes(item, format, sources, shape))
+            own = kernel.held_bytes(format, shape, ops.dtype, packed)
+        if own is not None:
+            total += own
         elif not item.shared:
-            total += packed_bytes(item, format, sources, shape)
+            total += packed
     return total
 
 

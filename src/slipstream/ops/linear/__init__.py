@@ -2,14 +2,14 @@
 
 kernel.prepare(weight, dtype) -> tuple of tensors, from a `Weight` of shape (out, in)
 kernel(x, packed, bias) -> (tokens, out); x (tokens, in)
-kernel.held_bytes(format, shape, dtype, packed) -> bytes, where `prepare` lays out a packed weight in a way of its own;
-packed is its size before
+kernel.held_bytes(format, shape, dtype, packed) -> bytes, where `prepare` lays out a packed weight in a way of its own, or
+None where it keeps this format as it is; packed is its size before
 
 A weight that arrives packed stays packed, and is multiplied by an implementation that takes its format:
 
 | | formats | runs on |
 |---|---|---|
-| blocks | mxfp4, Q4_0, Q4_1, Q8_0 as they stand | CPUs, where there is a C compiler |
+| blocks | mxfp4, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K as they stand | CPUs, where there is a C compiler |
 | int4pack | int4, and Q4_0, Q4_1, Q8_0 with scales in bfloat16 | CPUs |
 | int8pack | int8 | CPUs |
 | triton | mxfp4, int8, int4, Q4_0, Q4_1, Q8_0 | CUDA |
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from slipstream.ops.choose import Case, Impl
 from slipstream.ops.formats import MADE, Weight
-from slipstream.ops.formats.blocks import BLOCKS
+from slipstream.ops.formats.blocks import BLOCKS, OURS
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +63,8 @@ def _blocks() -> Any:
 
 
 def _reject_blocks(case: Case) -> str | None:
-    if case.get("format") not in ("mxfp4", "Q4_0", "Q4_1", "Q8_0"):
-        return f"takes mxfp4, Q4_0, Q4_1 and Q8_0, not {case.get('format')}"
+    if case.get("format") not in ("mxfp4", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"):
+        return f"takes mxfp4, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K and Q6_K, not {case.get('format')}"
     if case.device != "cpu":
         return "is compiled for CPUs"
     if case.dtype not in ("bfloat16", "float32"):
@@ -164,7 +164,7 @@ def _reject_torch(case: Case) -> str | None:
 
 
 def _reject_reference(case: Case) -> str | None:
-    if case.device != "cpu" and case.get("format") in set(BLOCKS) - {"Q4_0", "Q4_1", "Q8_0"}:
+    if case.device != "cpu" and case.get("format") in set(BLOCKS) - set(OURS):
         return f"{case.get('format')} is decoded by the gguf library, on CPUs"
     return None
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.ops.formats import Weight
+from slipstream.ops.formats.blocks import BLOCKS
 
 FEW = 2  # tokens up to which rows are multiplied one by one
 # Loads one step ahead and no more: from 3 on, Triton 3.6 lets a step's product run on while the registers or the shared
@@ -46,6 +47,10 @@ class Triton:
             data = torch.cat((even & 15 | (odd & 15) << 4, even >> 4 | odd & 0xF0), -1).view(*outer, width // 2)
         halves = blocks[..., : 2 * heads].contiguous().view(torch.float16)
         return data, *(halves[..., i].contiguous() for i in range(heads))
+
+    def held_bytes(self, format: str, shape: tuple[int, ...], dtype: torch.dtype, packed: int) -> int | None:
+        """GGUF's blocks are cut, so a weight that is shared with the embedding is there twice."""
+        return packed if format in BLOCKS else None
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         data, scales, *rest = packed
