@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from slipstream import LLM, ConfigError, RequestError
 from slipstream.evaluation import perplexity
@@ -47,3 +49,10 @@ def test_a_window_that_cannot_be(llm: LLM, window: int) -> None:
 def test_too_little_text(llm: LLM, text: str) -> None:
     with pytest.raises(RequestError, match="at least 2"):
         perplexity(llm, text, window=9)
+
+
+def test_what_is_no_number_is_not_hidden(tmp_path: Path) -> None:
+    tensors = load_file(write(tmp_path, LLAMA) / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert math.isnan(perplexity(LLM(tmp_path, kv_cache_memory_bytes=4 << 20, max_model_len=64), TEXT, window=9))

@@ -38,4 +38,4 @@ def perplexity(llm: LLM, text: str, *, window: int = 512) -> float:
         for output in llm.generate(windows[at : at + _TOGETHER], params):
             scores += [-token.logprob for token in output.prompt_logprobs or () if token is not None]
     mean = math.fsum(scores) / len(scores)
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean > 700 else math.exp(mean)  # NaN stays NaN

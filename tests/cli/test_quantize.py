@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,28 @@ def test_the_report(slipstream: Run, tiny: Path, tmp_path: Path) -> None:
         assert said in ran.out
     assert ran.out.count("model.layers.") == 8
     verify(tmp_path / "out")
+
+
+def test_one_model_in_memory_at_a_time(
+    slipstream: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def measure(llm: LLM, text: str, *, window: int) -> float:
+        alive.append(sum(model() is not None for model in models))
+        models.append(weakref.ref(llm.plan.model))
+        return perplexity(llm, text, window=window)
+
+    monkeypatch.setattr("slipstream.evaluation.perplexity", measure)
+    text = tmp_path / "text"
+    text.write_text("rain")
+    gc.disable()  # or it may come just in time
+    try:
+        assert slipstream("quantize", tiny, tmp_path / "out", "--text", text).code == 0
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 def test_as_json_with_perplexity(slipstream: Run, tiny: Path, tmp_path: Path) -> None:
@@ -84,7 +109,7 @@ def test_a_text_that_cannot_be_scored_does_not_lose_the_report(slipstream: Run, 
         ("quantize TINY OUT --to int4 --group-size 48", 2, "--group-size: must be one of 32, 64, 128, got 48"),
         ("quantize TINY OUT --to int4 --group-size 64", 2, "int4 needs rows of a multiple of 64 weights"),
         ("quantize TINY OUT --max-shard-size 2Q", 2, "'2Q' is not a size"),
-        ("quantize TINY OUT --max-shard-size 0", 2, "at least 1"),
+        ("quantize TINY OUT --max-shard-size 0", 2, "--max-shard-size: must be a whole number of at least 1"),
         ("quantize TINY OUT --text /nowhere", 2, "--text: /nowhere cannot be read: No such file or directory"),
         ("quantize TINY TINY", 2, "must not contain each other"),
         ("quantize TINY TINY/inner --overwrite", 2, "must not contain each other"),

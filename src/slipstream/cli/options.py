@@ -211,10 +211,10 @@ class EngineOptions:
 
 def option_name(field: str) -> str | None:
     """--max-new-tokens for max_new_tokens, if a command has such an option."""
-    field = {"stop_token_ids": "stop_token_id"}.get(field, field)
+    field = {"stop_token_ids": "stop_token_id", "max_shard_bytes": "max_shard_size"}.get(field, field)
     names = {f.name for kind in (SamplingOptions, EngineOptions) for f in fields(kind)}
     names |= {"n", "logprobs", "prompt_logprobs", "reasoning_effort"}
-    names |= {"to", "modules", "skip", "group_size", "text"}  # of quantize
+    names |= {"to", "modules", "skip", "group_size", "max_shard_size", "text"}  # of quantize
     return f"--{field.replace('_', '-')}" if field in names else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +75,9 @@ def quantize(
         raise
     measured: dict[str, float | str] = {}
     if written is not None:
-        measured = {when: _perplexity(name, written) for when, name in (("before", model), ("after", str(report.path)))}
+        for when, name in (("before", model), ("after", str(report.path))):
+            measured[when] = _perplexity(name, written)
+            gc.collect()  # a model is part of a cycle, and the next one is to find its memory free
     if as_json:
         print_json({"model": model, **vars_of(report), "perplexity": measured or None})
     else:
