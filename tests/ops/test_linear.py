@@ -19,7 +19,9 @@ from slipstream.errors import KernelError
 from slipstream.ops import linear, native
 from slipstream.ops.choose import Case, choose
 from slipstream.ops.formats import Weight, decode, encode
+from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.ops.linear import blocks, int8, unpacked
+from tests.checkpoint.blocks import super_blocks
 
 IMPLS = {impl.name: impl for impl in linear.IMPLS}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -28,14 +30,15 @@ TOLERANCE = {
     BF16: 6e-3,
     F16: 8e-4,
 }  # of the norm: sums in float32; results and scales rounded to 8 or 11 bits
-IN_C = ("mxfp4", "Q4_0", "Q4_1", "Q8_0")
+IN_C = ("mxfp4", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+SUPER = ("Q4_K", "Q5_K", "Q6_K")
 MADE = ("mxfp4", "int8", "int4-32", "int4-64", "int4-128")  # int4 with its group
 RUNS = (
     *(("blocks", format, dtype) for format in IN_C for dtype in (F32, BF16)),
     *(("int4pack", format, BF16) for format in ("int4-32", "int4-64", "int4-128", "Q4_0", "Q4_1", "Q8_0")),
     ("int8pack", "int8", BF16),
     *(("unpacked", format, dtype) for format in MADE for dtype in (F32, BF16, F16)),
-    *(("reference", format, dtype) for format in ("dense", *MADE, *IN_C[1:], "Q6_K") for dtype in (F32, BF16)),
+    *(("reference", format, dtype) for format in ("dense", *MADE, *IN_C[1:], "IQ4_XS") for dtype in (F32, BF16)),
     ("torch", "dense", F32),
     ("torch", "dense", BF16),
     ("onednn", "dense", BF16),
@@ -61,10 +64,8 @@ def _weight(format: str, out: int, width: int, seed: int = 0) -> Weight:
     if format in MADE:
         name, _, group = format.partition("-")
         return encode(torch.from_numpy(values), name, int(group or 0))
-    if format == "Q6_K":  # which the gguf library only decodes: any bytes, and a scale in the last two
-        data = np.random.default_rng(seed).integers(0, 256, size=(out, width // 256 * 210), dtype=np.uint8)
-        data.reshape(out, -1, 210)[..., -2:] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        return Weight(format, torch.from_numpy(data), (out, width))
+    if BLOCKS.get(format, (0, 0))[1] == 256:  # which the gguf library only decodes
+        return Weight(format, torch.from_numpy(super_blocks(format, out, width, seed)), (out, width))
     data = gguf.quantize(values, gguf.GGMLQuantizationType[format])
     return Weight(format, torch.from_numpy(data.copy()), (out, width))
 
@@ -107,7 +108,7 @@ def test_odd_sizes_and_small_slices(
 ) -> None:
     for module in (blocks, int8, unpacked):
         monkeypatch.setattr(module, "SLICE", 5 * 384)
-    out, width = (67, 384) if format == "int4-128" else (67, 192) if format == "int4-64" else (67, 96)
+    out, width = 67, {"int4-128": 384, "int4-64": 192, **dict.fromkeys(SUPER, 768)}.get(format, 96)
     _check(_load(name, _case(dtype, format, out, width)), _weight(format, out, width), dtype, tokens, True)
 
 
@@ -134,13 +135,14 @@ def test_every_code_and_every_scale_of_mxfp4_is_exact(name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
-@pytest.mark.parametrize(("name", "format", "dtype"), [run for run in RUNS if run[1] not in ("dense", "Q6_K")])
+@pytest.mark.parametrize(("name", "format", "dtype"), [run for run in RUNS if run[1] not in ("dense", "IQ4_XS")])
 def test_a_scale_that_is_no_number_is_seen_in_its_row_only(
     name: str, format: str, dtype: torch.dtype, tokens: int
 ) -> None:
     kernel, weight = _load(name, _case(dtype, format)), _weight(format, 192, 256)
     if weight.scales is None:
-        weight.data[5].view(-1)[:2] = torch.tensor([0xFF, 0x7F])  # a float16 that is NaN
+        at = 208 if format == "Q6_K" else 0
+        weight.data[5].view(-1)[at : at + 2] = torch.tensor([0xFF, 0x7F])  # a float16 that is NaN
     else:
         weight.scales[5, -1] = 255 if format == "mxfp4" else torch.nan
     out = kernel(torch.randn(tokens, 256).to(dtype), kernel.prepare(weight, dtype), None)
@@ -153,7 +155,8 @@ def _levels() -> list[str]:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         flags = ""
-    return ["x86-64", "x86-64-v3"] if all(f" {f} " in flags for f in ("avx2", "f16c", "fma")) else ["x86-64"]
+    needed = {"x86-64": (), "x86-64-v3": ("avx2", "f16c", "fma"), "x86-64-v4": ("avx512f", "avx512bw", "avx512vl")}
+    return [level for level, names in needed.items() if all(f" {name} " in flags for name in names)]
 
 
 @pytest.fixture(scope="module", params=_levels())
@@ -177,7 +180,7 @@ def test_c_on_an_older_processor(
 ) -> None:
     monkeypatch.setattr(blocks, "build", lambda name: older)
     for tokens in (1, 6, 17):
-        _check(blocks.Blocks(), _weight(format, 67, 96), dtype, tokens, True)
+        _check(blocks.Blocks(), _weight(format, 67, 768 if format in SUPER else 96), dtype, tokens, True)
 
 
 def test_halves_of_an_older_processor_are_those_of_numpy(older: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +214,7 @@ def test_what_is_held_is_what_arrived(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in IMPLS if name != "reference"])
 def test_formats_and_dtypes_that_are_not_taken_are_refused_with_a_reason(name: str) -> None:
-    assert IMPLS[name].reject(_case(BF16, "Q6_K"))
+    assert IMPLS[name].reject(_case(BF16, "IQ4_XS"))
     if name in ("onednn", "int4pack", "int8pack"):
         format = {"onednn": "dense", "int4pack": "Q4_0", "int8pack": "int8"}[name]
         assert "float32" in str(IMPLS[name].reject(_case(F32, format)))
@@ -232,11 +235,24 @@ def test_without_a_compiler_others_take_their_place(monkeypatch: pytest.MonkeyPa
         choice = choose("linear", linear.IMPLS, _case(dtype, format))
         assert choice.name == name
         assert ("blocks", "there is no C compiler (cc) on this machine") in choice.rejected
-    with pytest.raises(KernelError, match="there is no C compiler"):
-        choose("linear", linear.IMPLS, _case(F32, "Q4_1"))
+    for format, dtype in (("Q4_1", F32), *((format, dtype) for format in SUPER for dtype in (F32, BF16))):
+        with pytest.raises(KernelError, match="there is no C compiler"):
+            choose("linear", linear.IMPLS, _case(dtype, format))
+        assert choose("linear", linear.IMPLS, _case(dtype, format), force="reference").name == "reference"
 
 
-@pytest.mark.parametrize("format", ["Q6_K", "Q4_K"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("format", SUPER)
+def test_every_bit_of_a_super_block_is_where_the_gguf_library_reads_it(format: str, dtype: torch.dtype) -> None:
+    """One product a number: x is one column of the unit matrix after another. In bfloat16 one rounding stands between."""
+    kernel, weight = _load("blocks", _case(dtype, format)), _weight(format, 9, 512, 3)
+    packed, want = kernel.prepare(weight, dtype), _numbers(weight, F32).T
+    for step in (3, 64):  # the blocks, then unpacked
+        got = torch.cat([kernel(x, packed, None) for x in torch.eye(512, dtype=dtype).split(step)])
+        torch.testing.assert_close(got.double(), want, rtol=TOLERANCE[dtype], atol=1e-6 if dtype == F32 else 1e-3)
+
+
+@pytest.mark.parametrize("format", ["IQ4_XS", "Q3_K"])
 def test_the_reference_takes_packed_weights_only_if_it_is_forced(format: str) -> None:
     with pytest.raises(KernelError, match="decoded at every call, so it runs only if it is forced"):
         choose("linear", linear.IMPLS, _case(BF16, format))

@@ -17,9 +17,10 @@ from slipstream.errors import ConfigError, KernelError
 from slipstream.layers.ops import Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.ops.formats import MADE, packed_shapes
+from slipstream.ops.formats.blocks import OURS
 from slipstream.quantization.select import Selection
 
-LOOKED_UP = ("dense", *MADE, "Q8_0", "Q4_0", "Q4_1")  # whose rows torch can decode on any device
+LOOKED_UP = ("dense", *MADE, *OURS)  # whose rows torch can decode on any device
 
 
 @dataclass

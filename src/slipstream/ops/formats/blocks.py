@@ -38,6 +38,14 @@ BLOCKS = {
     "TQ2_0": (35, 256, 66),
     "MXFP4": (39, 32, 17),
 }
+OURS = (
+    "Q4_0",
+    "Q4_1",
+    "Q8_0",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)  # decoded here, on any device; others by the gguf library on CPUs
 CHUNK = 1 << 20  # values turned at a time: the temporaries stay near the cache
 
 
@@ -48,7 +56,8 @@ def dequantize_rows(rows: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.
     _, size, nbytes = BLOCKS[kind]
     width = rows.shape[1] // nbytes * size
     out = torch.empty(rows.shape[0], width, dtype=dtype, device=rows.device)
-    turn = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}.get(kind)
+    turns = (_q4_0, _q4_1, _q8_0, _q4_k, _q5_k, _q6_k)
+    turn = dict(zip(OURS, turns, strict=True)).get(kind)
     step = max(1, CHUNK // max(1, width))
     for at in range(0, rows.shape[0], step):
         part = rows[at : at + step]
@@ -81,6 +90,47 @@ def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
 
 def _q4_1(blocks: torch.Tensor) -> torch.Tensor:
     return _nibbles(blocks[:, 4:]).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
+    scales, offsets = _six_bits(blocks)
+    return _halves(blocks[:, 16:], 32).float().mul_(scales).sub_(offsets).flatten(1)
+
+
+def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    scales, offsets = _six_bits(blocks)
+    high = blocks[:, None, 16:48] >> torch.arange(8, device=blocks.device)[:, None] & 1
+    return (_halves(blocks[:, 48:], 32) | high << 4).float().mul_(scales).sub_(offsets).flatten(1)
+
+
+def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    low = _halves(blocks[:, :128], 64)
+    high = blocks[:, 128:192].view(-1, 2, 1, 32) >> torch.arange(0, 8, 2, device=blocks.device)[:, None] & 3
+    scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
+    return (low.view(-1, 16, 16) | high.view(-1, 16, 16) << 4).float().sub_(32).mul_(scales[..., None]).flatten(1)
+
+
+def _six_bits(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and offsets of a K-quant's 8 blocks, (blocks, 8, 1) each."""
+    import torch
+
+    scales, offsets, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = torch.cat((scales & 63, rest & 15 | scales >> 6 << 4), 1)
+    offsets = torch.cat((offsets & 63, rest >> 4 | offsets >> 6 << 4), 1)
+    turned = scales.float().mul_(_half(blocks, 0)), offsets.float().mul_(_half(blocks, 2))
+    return turned[0][..., None], turned[1][..., None]
+
+
+def _halves(packed: torch.Tensor, run: int) -> torch.Tensor:
+    """(blocks, 128) -> (blocks, 256 / run, run): of each `run` bytes the low halves, then the high halves."""
+    import torch
+
+    runs = packed.reshape(packed.shape[0], -1, 1, run)
+    return torch.cat((runs & 15, runs >> 4), 2).flatten(1, 2)
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Multiply by blocks of 32 as they are (MXFP4 and GGUF's), in a C kernel; nothing is laid out again at load.
+"""Multiply by blocks as they are (MXFP4 and GGUF's), in a C kernel; nothing is laid out again at load.
 
 Few tokens are multiplied by the blocks directly. For many, rows of blocks are turned into numbers, a slice at a time
 so that it stays in the processor's cache, and multiplied by torch.
@@ -16,7 +16,7 @@ from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
 from slipstream.ops.native import build
 
-KINDS = {"mxfp4": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3}  # the numbers in blocks.c
+KINDS = {"mxfp4": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}  # the numbers in formats.h
 FEW = 16  # tokens up to which the blocks are multiplied directly
 SLICE = 1 << 21  # numbers unpacked at a time
 

@@ -1,5 +1,5 @@
 """C sources compiled on first use by the compiler that is there, and kept in the cache; without one, other
-implementations take their place. Nothing is downloaded: the source is the file beside this one."""
+implementations take their place. Nothing is downloaded: the sources are the files beside this one."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def build(name: str) -> ctypes.CDLL | str:
         return f"there is no C compiler ({words[0]}) on this machine"
     source = Path(__file__).with_name(f"{name}.c")
     try:
-        key = hashlib.sha256(
-            source.read_bytes() + repr((FLAGS, compiler, words[1:], _processor())).encode()
-        ).hexdigest()[:24]
+        parts = [f.read_bytes() for f in (source, *sorted(source.parent.glob("*.h")))]
+        parts.append(repr((FLAGS, compiler, words[1:], _processor())).encode())
+        key = hashlib.sha256(b"".join(parts)).hexdigest()[:24]
     except OSError as e:
         return f"{source} cannot be read: {e}"
     path = cache_root() / "native" / f"{name}-{key}.so"
