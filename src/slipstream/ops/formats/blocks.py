@@ -101,7 +101,7 @@ def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
     import torch
 
     scales, offsets = _six_bits(blocks)
-    high = blocks[:, None, 16:48] >> torch.arange(8, device=blocks.device)[:, None] & 1
+    high = blocks[:, None, 16:48] >> torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None] & 1
     return (_halves(blocks[:, 48:], 32) | high << 4).float().mul_(scales).sub_(offsets).flatten(1)
 
 
@@ -109,7 +109,10 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
     import torch
 
     low = _halves(blocks[:, :128], 64)
-    high = blocks[:, 128:192].view(-1, 2, 1, 32) >> torch.arange(0, 8, 2, device=blocks.device)[:, None] & 3
+    high = (
+        blocks[:, 128:192].view(-1, 2, 1, 32) >> torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]
+        & 3
+    )
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
     return (low.view(-1, 16, 16) | high.view(-1, 16, 16) << 4).float().sub_(32).mul_(scales[..., None]).flatten(1)
 
