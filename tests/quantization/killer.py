@@ -23,10 +23,10 @@ from slipstream.quantization.quantize import quantize
 ASKED: dict[str, Any] = {"to": "int8", "max_shard_bytes": 30_000, "overwrite": True}
 
 
-def digest(folder: Path) -> str:
-    """Of all names and bytes in a folder."""
+def digest(folder: Path, *, journal: bool = True) -> str:
+    """Of all names and bytes in a folder, or of all but the journal."""
     found = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(p for p in folder.rglob("*") if journal or p.name != ".journal"):
         found.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return found.hexdigest()
 
@@ -65,7 +65,7 @@ def check(out: Path, old: str | None, new: str, whole: Path) -> str:
             found = open_checkpoint(hidden)
         except CheckpointError:
             return state
-        if state == "new" and digest(hidden) in (old, new):
+        if state == "new" and (digest(hidden) == old or digest(hidden, journal=False) == new):
             return state  # the names have been swapped and the old folder is about to go, or it is all done once more
         assert state != "new" or old is None, "what is left of the old folder opens"
         verify(hidden)  # it is whole, and only its name is missing
