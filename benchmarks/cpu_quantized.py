@@ -129,6 +129,8 @@ def main() -> None:
     decode, baseline = median("mxfp4", "decode"), median("bf16", "decode")
     record("mxfp4.cpu.decode", decode, "tok/s", baseline={"bfloat16": round(baseline, 2)}, ratio=decode / baseline,
            choices=runs["mxfp4"][0]["choices"], **common)  # fmt: skip
+    if held / covered > 0.35 or decode < baseline:
+        raise SystemExit("below what is claimed: 0.35 of the memory, and at least bfloat16's speed")
 
 
 if __name__ == "__main__":

@@ -268,7 +268,8 @@ def test_what_cannot_run_says_what_widening_costs(hybrid: Path) -> None:
     changed = dataclasses.replace(checkpoint.tensors[name], dtype="IQ4_XS", nbytes=136 << 20)
     checkpoint = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, name: changed})
     with pytest.raises(
-        KernelError, match=r"as IQ4_XS\. IQ4_XS: reference .*\. quantization='dequantize' would hold them .* 0\.13 GiB"
+        KernelError,
+        match=r"as IQ4_XS\. IQ4_XS: reference .*\. quantization='dequantize' would hold packed ones .* 0\.13 GiB",
     ):
         make_plan(EngineConfig(device="cpu", max_model_len=64), checkpoint)
     widened = make_plan(EngineConfig(device="cpu", max_model_len=64, quantization="dequantize"), checkpoint)

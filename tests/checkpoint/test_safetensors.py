@@ -289,8 +289,6 @@ def test_wrong_reads(folder: Path) -> None:
     checkpoint = opened(folder)
     with pytest.raises(CheckpointError, match="no tensor b"):
         checkpoint.read("b")
-    with pytest.raises(CheckpointError, match="no blocks"):
-        checkpoint.read_blocks("a")
 
 
 def test_a_file_cut_after_opening(folder: Path) -> None:

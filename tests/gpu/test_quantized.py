@@ -21,7 +21,9 @@ PROMPTS = [[7, 3, 90, 4, 4, 61], list(range(40)), [11]]
 def written(name: str, folder: Path) -> Path:
     kind, changes = TINY[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TINY, name, (kind, changes | SIZES | {"hidden_size": 192, "moe_intermediate_size": 64, "head_dim": 32}))
+        patch.setitem(
+            TINY, name, (kind, changes | SIZES | {"hidden_size": 192, "moe_intermediate_size": 64, "head_dim": 32})
+        )
         save(name, folder)
     return folder
 

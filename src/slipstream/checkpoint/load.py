@@ -217,10 +217,19 @@ def _weight(checkpoint: Checkpoint, item: Load, format: str, sources: Sequence[T
     """A part of a matrix in the format in which it is held."""
     if format == "dense":
         return Matrix("dense", _numbers(checkpoint, item, sources, shape, dtype), shape)
-    if all(s.format == format for s in sources):
-        return formats.joined(item.rule.transform, [checkpoint.read_weight(s.name) for s in sources], shape)
+    if item.rule.transform in ROWWISE:
+        return formats.joined(item.rule.transform, [_held(checkpoint, s, format, item.group) for s in sources], shape)
     exact = dtype if all(DENSE.get(s.dtype, ("", ""))[1] == str(dtype)[6:] for s in sources) else torch.float32
     return formats.encode(_numbers(checkpoint, item, sources, shape, exact).contiguous(), format, item.group)
+
+
+def _held(checkpoint: Checkpoint, source: TensorInfo, format: str, group: int) -> Matrix:
+    """One source in a packed format. Rows are independent, so a matrix can be encoded before it is joined with others."""
+    weight = checkpoint.read_weight(source.name)
+    if weight.format == format:
+        return weight
+    exact = weight.data.dtype if weight.format == "dense" else torch.float32
+    return formats.encode(formats.decode(weight, exact), format, group)
 
 
 def _numbers(checkpoint: Checkpoint, item: Load, sources: Sequence[TensorInfo], shape: tuple[int, ...],

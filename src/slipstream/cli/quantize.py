@@ -108,7 +108,7 @@ def _perplexity(model: str, text: str) -> float | str:
     try:
         with Bar() as bar:
             llm = LLM(model, progress=lambda done, total: bar(f"loading {model}", done, total))
-        return perplexity(llm, text, window=min(512, llm.plan.max_model_len - 1))
+        return perplexity(llm, text, window=min(512, llm.model_config.max_position_embeddings - 1))
     except SlipstreamError as e:
         return str(e)
 

@@ -91,7 +91,10 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
         raise KernelError(_refusal(hold.refused, loads, ops.dtype))
     if made:
         loads = tuple(replace(item, group=group) for item in loads)
-        why["quantization"] = f"{made} was asked for: {len(covered)} tensors are quantized as they load"
+        count = sum(checkpoint.tensors[n].format != made for n in covered)
+        kept = sum(t.is_quantized for n, t in checkpoint.tensors.items() if n not in covered)
+        rest = f", {kept} that arrived packed stay as they are" if kept else ""
+        why["quantization"] = f"{made} was asked for: {count} tensors are quantized as they load{rest}"
     for item in loads:
         if item.widened and asked.quantization != "dequantize":
             raise KernelError(
@@ -104,17 +107,22 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
 
 
 def _refusal(refused: dict[str, str], loads: tuple[Load, ...], dtype: torch.dtype) -> str:
-    packed = wide = 0
+    packed = wide = floats = 0
     for item in loads:
         for format, source in zip(item.formats, item.sources, strict=True):
-            if format in refused and not item.shared:
+            if format in refused and not source.is_quantized:
+                floats += math.prod(source.shape) * dtype.itemsize
+            elif format in refused and not item.shared:
                 packed += source.nbytes
                 wide += math.prod(source.shape) * dtype.itemsize
     reasons = ". ".join(f"{format}: {why}" for format, why in refused.items())
-    return (
-        f"quantization: weights cannot run here as {' and '.join(refused)}. {reasons}. quantization='dequantize' would hold "
-        f"them as {str(dtype)[6:]}, {wide / 2**30:.2f} GiB where the file has {packed / 2**30:.2f} GiB"
-    )
+    said = f"quantization: weights cannot run here as {' and '.join(refused)}. {reasons}"
+    if floats:
+        said += f". quantization='auto' would hold floats as {str(dtype)[6:]}, {floats / 2**30:.2f} GiB"
+    if wide:
+        said += f". quantization='dequantize' would hold packed ones as {str(dtype)[6:]}, {wide / 2**30:.2f} GiB where the file has "
+        said += f"{packed / 2**30:.2f} GiB"
+    return said
 
 
 def held_bytes(item: Load, ops: Ops) -> int:

@@ -31,6 +31,7 @@ from slipstream.quantization.select import Selection
 from slipstream.quantization.work import Job, Work
 from slipstream.sources import resolve
 
+LAYOUT = 2  # of what is written; raised with every change, so that no run goes on with the shards of another
 Progress = Callable[[str, int, int | None], None]  # what is done, bytes of the source, bytes in all
 
 
@@ -145,7 +146,7 @@ class _Run:
     def run(self) -> Report:
         with workplace(self.out) as hidden:
             check_exchange(hidden, self.out)
-            journal = Journal(hidden, {"version": VERSION, "settings": self.settings, "files": self._identity()})
+            journal = Journal(hidden, {"layout": LAYOUT, "settings": self.settings, "files": self._identity()})
             try:
                 resumed = len(journal.finished)
                 write_beside(self.checkpoint, hidden)
@@ -154,7 +155,8 @@ class _Run:
                 self._describe(hidden, journal, errors)
             except BaseException as e:
                 journal.close()
-                if isinstance(e, SlipstreamError) and not (isinstance(e, CapacityError) and journal.finished):
+                passing = isinstance(e, CapacityError) or isinstance(e.__cause__, OSError)  # a full disk, a lost one
+                if isinstance(e, SlipstreamError) and not (passing and journal.finished):
                     shutil.rmtree(hidden)  # the same call would end the same way
                 raise
             journal.close(remove=True)

@@ -55,7 +55,7 @@ class Work:
 
     Attributes:
         group: of int4.
-        dtype: of the floats that GGUF's tensors become; those of safetensors stay.
+        dtype: of the floats that GGUF's blocks become where they are not converted; floats stay as they are.
     """
 
     checkpoint: Checkpoint
@@ -208,17 +208,17 @@ class Work:
         if absent:
             raise CheckpointError(f"{self.checkpoint.path}: {absent[0]} is missing, though other experts have one")
         infos = [[tensors[n] for n in row] for row in names]
-        if len({i.shape for row in infos for i in row}) != 1:
-            raise CheckpointError(f"{self.checkpoint.path}: the experts of {parent} differ in shape")
+        if len({(i.shape, self._dtype(i)) for row in infos for i in row}) != 1:
+            raise CheckpointError(f"{self.checkpoint.path}: the experts of {parent} differ in shape or dtype")
         read = sum(i.nbytes for row in infos for i in row)
         first, module = infos[0][0].shape, f"{parent}.{kind}"
         outer = (count, first[0] * len(parts))
         if leaf == "bias":
-            entry = Entry(f"{module}_bias", _DTYPES[self.dtype], outer)
+            entry = Entry(f"{module}_bias", self._dtype(infos[0][0]), outer)
 
             def biases(errors: Errors) -> Iterator[Piece]:
                 for row in infos:
-                    both = torch.stack([self.checkpoint.dequantize(i.name, self.dtype) for i in row], 1)
+                    both = torch.stack([self._floats(i) for i in row], 1)
                     yield entry.name, raw(both)
 
             return Job((entry,), biases, read)
@@ -241,9 +241,16 @@ class Work:
             return Job((Entry(info.name, info.dtype, info.shape),), lambda _: _bytes(info), info.nbytes)
 
         def pieces(errors: Errors) -> Iterator[Piece]:
-            yield info.name, raw(self.checkpoint.dequantize(info.name, self.dtype))
+            yield info.name, raw(self._floats(info))
 
-        return Job((Entry(info.name, _DTYPES[self.dtype], info.shape),), pieces, info.nbytes)
+        return Job((Entry(info.name, self._dtype(info), info.shape),), pieces, info.nbytes)
+
+    def _floats(self, info: TensorInfo) -> Tensor:
+        """What stays as it is, and of GGUF's blocks the floats that they become."""
+        return self.checkpoint.dequantize(info.name, self.dtype) if info.is_quantized else read_dense(info)
+
+    def _dtype(self, info: TensorInfo) -> str:
+        return _DTYPES[self.dtype] if info.is_quantized else info.dtype
 
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
