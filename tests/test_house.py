@@ -26,12 +26,13 @@ ORDER = (
 FRONTS = ("server", "bench", "tuning", "bridge", "cli")
 # Inside these, single files also hold to an order, as others rely on what they leave out.
 INSIDE = {
-    "cache": ("spec", "budget", "pages", "storage"),
-    "engine": ("runner", "engine"),
+    "cache": ("spec", "budget", "pool", "pages", "storage"),
+    "engine": ("runner", "snapshot", "engine"),
 }
 TORCH_FREE = (
     "slipstream", "slipstream.errors", "slipstream.request", "slipstream.config", "slipstream.cache.spec",
     "slipstream.cache.budget",
+    "slipstream.cache.pool",
     "slipstream.cache.pages", "slipstream.scheduler", "slipstream.tokenizer", "slipstream.chat", "slipstream.harmony",
     "slipstream.sources", "slipstream.checkpoint.safetensors", "slipstream.checkpoint.gguf",
     "slipstream.checkpoint.open", "slipstream.ops.choose",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from slipstream.cache.pages import PagePool, Pages
+from slipstream.cache.pages import Chain, PagePool, Pages
 from slipstream.cache.spec import CacheGroup, group_layers
 from slipstream.config import ModelConfig
 from slipstream.errors import CapacityError, RequestError
@@ -51,7 +51,8 @@ class Model:
     """Runs steps on a cache of plain integers and checks every one of them."""
 
     scheduler: Scheduler
-    slots: list[dict[int, tuple[int, int, int]]] = field(default_factory=list)  # slot -> (sequence, position, token)
+    slots: list[dict[int, int]] = field(default_factory=list)  # slot -> hash of the salt and all tokens up to there
+    salts: dict[int, str] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
     forgotten: set[int] = field(default_factory=set)
@@ -77,7 +78,11 @@ class Model:
         for chunk in step.chunks:
             seq = sequences[chunk.sequence]
             assert seq.id in self.known - self.forgotten
-            assert chunk.token_ids and chunk.start in (0, self.computed.get(seq.id, 0))
+            assert chunk.token_ids
+            if chunk.start != self.computed.get(seq.id, 0):  # it begins, or begins again, behind what is cached
+                assert chunk.start % s.pages.page_size == 0
+            elif seq.id not in self.computed:
+                assert chunk.start == 0
             assert list(chunk.token_ids) == seq.tokens[chunk.start : chunk.end]
             assert chunk.sample == (chunk.end == len(seq.tokens))
             self.computed[seq.id] = chunk.end
@@ -95,10 +100,13 @@ class Model:
             assert (table.first, len(table.pages)) == (live.start, len(live)), "exactly the live window"
             assert len(table.pages) <= group.max_pages(end, self.scheduler.max_num_batched_tokens, size)
             slot = {p: table.pages[p // size - table.first] * size + p % size for p in range(first, end)}
+            rows = [hash(self.salts.get(sequence, ""))]
+            for token in tokens[:end]:
+                rows.append(hash((rows[-1], token)))
             for p in range(start, end):
-                cache[slot[p]] = (sequence, p, tokens[p])
+                cache[slot[p]] = rows[p + 1]
             for p in range(first, end):
-                assert cache[slot[p]] == (sequence, p, tokens[p]), "another request wrote here"
+                assert cache[slot[p]] == rows[p + 1], "other tokens stand here"
             self.peak[i] = max(self.peak[i], pages.pools[i].num_pages - pages.pools[i].num_free)
 
 
@@ -118,8 +126,12 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
     groups = groups_of(*windows)
     least = [g.max_pages(max_len, budget, size) for g in groups]
     pages = Pages(groups, [n + rng.choice([0, 1, n, 9 * n]) for n in least], size)
-    s = Scheduler(pages, max_num_seqs=rng.choice([1, 2, 5, 50]), max_num_batched_tokens=budget, max_model_len=max_len)
+    s = Scheduler(
+        pages, max_num_seqs=rng.choice([1, 2, 5, 50]), max_num_batched_tokens=budget, max_model_len=max_len,
+        enable_prefix_caching=rng.random() < 0.8,
+    )  # fmt: skip
     model = Model(s)
+    beginnings = [[rng.randint(2, 900) for _ in range(max_len)] for _ in range(2)]
     sequences: dict[int, Sequence] = {}
     cancelled: set[int] = set()
     arrivals = rng.randint(1, 10)
@@ -139,9 +151,12 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
             params = SamplingParams(
                 max_new_tokens=new, min_new_tokens=least_new, ignore_eos=rng.random() < 0.3, stop_token_ids=(2,)
             )
-            prompt = tuple(rng.randint(2, 900) for _ in range(length))
-            seq = s.add(prompt, params, seed=rng.getrandbits(32), eos=(EOS,))
-            sequences[seq.id] = seq
+            same = rng.randint(0, length)
+            known = rng.choice([*beginnings, *(q.tokens for q in sequences.values())])  # also an answer, gone on with
+            prompt = tuple([*known[:same], *(rng.randint(2, 900) for _ in range(length))][:length])
+            salt = rng.choice(["", "", "other"])
+            seq = s.add(prompt, params, seed=rng.getrandbits(32), eos=(EOS,), salt=salt)
+            sequences[seq.id], model.salts[seq.id] = seq, salt
         if rng.random() < 0.02 and sequences:
             cancel()
             check_queues(s)
@@ -176,6 +191,8 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
     assert s.counters.new_tokens == sum(q.num_new for q in sequences.values())
     assert model.known - model.forgotten == set(s._forget), "the runner hears of every end"
     ended["preemptions"] = s.counters.preemptions
+    ended["reused"] = s.counters.cached_tokens
+    assert s.enable_prefix_caching or not ended["reused"]
     return ended
 
 
@@ -186,7 +203,7 @@ def test_random_traces() -> None:
             total += trace(seed)
         except AssertionError as e:
             raise AssertionError(f"trace({seed}): {e}") from e
-    for what in ("stop", "length", "abort", "error", "preemptions"):
+    for what in ("stop", "length", "abort", "error", "preemptions", "reused"):
         assert total[what] > 20, f"the traces hardly ever saw {what}: {total}"
 
 
@@ -240,6 +257,25 @@ def test_a_page_given_away_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) 
     traces_fail()
 
 
+def test_a_name_without_the_tokens_before_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(Chain):
+        def names(self, tokens: list[int], end: int) -> list[bytes]:  # type: ignore[override]
+            size = self._size
+            return [bytes(str(tokens[at : at + size]), "ascii") for at in range(0, end - size + 1, size)]
+
+    monkeypatch.setattr("slipstream.scheduler.Chain", Short)
+    with pytest.raises(AssertionError, match="other tokens stand here"):
+        for seed in range(1500):
+            trace(seed)
+
+
+def test_a_salt_left_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipstream.scheduler.Chain", lambda size, salt: Chain(size))
+    with pytest.raises(AssertionError, match="other tokens stand here"):
+        for seed in range(1500):
+            trace(seed)
+
+
 def test_a_lost_token_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     preempt = Scheduler._preempt
 
@@ -265,10 +301,12 @@ def test_a_younger_request_going_first_is_caught(monkeypatch: pytest.MonkeyPatch
 # Single rules.
 
 
-def scheduler(*windows: int | None, num_pages: int = 64, size: int = 4, **limits: int) -> Scheduler:
+def scheduler(
+    *windows: int | None, num_pages: int = 64, size: int = 4, caching: bool = False, **limits: int
+) -> Scheduler:
     groups = groups_of(*(windows or (None,)))
     kept = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 64} | limits
-    return Scheduler(Pages(groups, [num_pages] * len(groups), size), **kept)
+    return Scheduler(Pages(groups, [num_pages] * len(groups), size), enable_prefix_caching=caching, **kept)
 
 
 def add(s: Scheduler, length: int, **params: object) -> Sequence:
@@ -510,7 +548,8 @@ def test_a_long_prompt_holds_one_chunk_beside_the_window() -> None:
 
 def test_scored_tokens_are_bounded_in_a_step_and_all_come_in_the_end() -> None:
     group = CacheGroup(None, (0,), 1, 1)
-    scheduler = Scheduler(Pages((group,), (1000,), 16), max_num_seqs=8, max_num_batched_tokens=4096, max_model_len=4096)
+    scheduler = Scheduler(Pages((group,), (1000,), 16), max_num_seqs=8, max_num_batched_tokens=4096, max_model_len=4096,
+                          enable_prefix_caching=False)  # fmt: skip
     scored = SamplingParams(prompt_logprobs=0, max_new_tokens=1)
     for length in (600, 300, 20):
         scheduler.add(tuple(range(length)), scored, seed=0, eos=())
@@ -523,3 +562,113 @@ def test_scored_tokens_are_bounded_in_a_step_and_all_come_in_the_end() -> None:
         assert sum(len(c.token_ids) for c in step.chunks if c.sequence != plain.id) <= SCORED_TOKENS
         scheduler.commit(step, {c.sequence: 7 for c in step.chunks})
     assert done == 600 + 300 + 20 + 50
+
+
+# Pages that are found again.
+
+
+def run_out(s: Scheduler) -> list[list[tuple[int, int, int]]]:
+    steps = []
+    while (step := tick(s)) is not None:
+        steps.append(lengths(step))
+    return steps
+
+
+def first_start(s: Scheduler, prompt: tuple[int, ...], new: int = 1, **more: object) -> int:
+    """Where the computing of a prompt begins."""
+    s.add(prompt, SamplingParams(max_new_tokens=new, **more), seed=0, eos=(), salt="")
+    step = s.next()
+    assert step is not None
+    s.commit(step, {c.sequence: 9 for c in step.chunks if c.sample})
+    return step.chunks[-1].start
+
+
+def test_the_same_beginning_is_computed_once() -> None:
+    s = scheduler(caching=True, max_num_batched_tokens=64)
+    prompt = tuple(range(100, 130))
+    assert first_start(s, prompt) == 0
+    assert first_start(s, prompt) == 28  # seven pages of four; the last token is computed for its logits
+    assert first_start(s, prompt[:29]) == 28
+    assert first_start(s, prompt[:28]) == 24
+    assert first_start(s, (*prompt[:11], 5, 6, 7)) == 8
+    assert first_start(s, (1, *prompt)) == 0
+    assert s.counters.cached_tokens == 28 + 28 + 24 + 8
+
+
+def test_an_answer_is_part_of_the_beginning() -> None:
+    """A conversation goes on: prompt, answer and the next question."""
+    s = scheduler(None, 9, caching=True, max_num_batched_tokens=64)
+    seq = s.add(tuple(range(100, 110)), SamplingParams(max_new_tokens=30), seed=0, eos=())
+    run_out(s)
+    assert len(seq.tokens) == 40
+    assert first_start(s, (*seq.tokens, 5, 6)) == 36  # the last token of the answer was never computed
+
+
+def test_a_conversation_rolled_back_past_a_window() -> None:
+    """Turns are taken back by more than the window: what a sliding layer sees at that point is found again."""
+    s = scheduler(None, 9, caching=True, max_num_batched_tokens=64)
+    seq = s.add(tuple(range(100, 110)), SamplingParams(max_new_tokens=40), seed=0, eos=())
+    run_out(s)
+    assert first_start(s, (*seq.tokens[:17], 5, 6, 7)) == 16
+    s = scheduler(9, caching=True, max_num_batched_tokens=64)
+    seq = s.add(tuple(range(100, 110)), SamplingParams(max_new_tokens=40), seed=0, eos=())
+    run_out(s)
+    s.pages.forget(seq.chain.names(seq.tokens, 8))  # what no token at 20 sees is gone: it does no harm
+    assert first_start(s, (*seq.tokens[:21], 5)) == 20
+    assert first_start(s, (*seq.tokens[:12], 5)) == 0
+
+
+def test_the_longest_unused_makes_room_and_ends_go_before_beginnings() -> None:
+    s = scheduler(caching=True, num_pages=8, max_model_len=33, max_num_batched_tokens=64)
+    old, new = tuple(range(100, 113)), tuple(range(200, 213))  # four pages each
+    assert first_start(s, old) == 0 and first_start(s, new) == 0
+    assert s.pages.num_cached == (6,)
+    assert first_start(s, tuple(range(300, 313))) == 0  # two free ones and two of the oldest
+    assert first_start(s, new[:12]) == 8
+    assert first_start(s, old[:12]) == 4
+
+
+def test_a_salt_keeps_tenants_apart() -> None:
+    s = scheduler(caching=True)
+    prompt = tuple(range(100, 110))
+    for salt, start in (("a", 0), ("b", 0), ("a", 8), ("", 0), ("b", 8)):
+        s.add(prompt, SamplingParams(max_new_tokens=1), seed=0, eos=(), salt=salt)
+        step = tick(s)
+        assert step is not None and step.chunks[0].start == start, salt
+
+
+def test_scored_prompts_are_computed_whole() -> None:
+    s = scheduler(caching=True)
+    prompt = tuple(range(100, 110))
+    assert [first_start(s, prompt), first_start(s, prompt, prompt_logprobs=0), first_start(s, prompt)] == [0, 0, 8]
+
+
+def test_pages_of_a_request_that_failed_are_not_found() -> None:
+    s = scheduler(caching=True)
+    prompt = tuple(range(100, 110))
+    s.add(prompt, SamplingParams(max_new_tokens=5), seed=0, eos=())
+    tick(s)
+    step = s.next()
+    assert step is not None
+    ((seq, _),) = s.commit(step, {c.sequence: None for c in step.chunks})
+    assert seq.finish_reason == "error" and s.pages.num_cached == (0,)
+    assert first_start(s, prompt) == 0
+    s.pages.check()
+
+
+def test_who_was_thrown_out_finds_its_pages_again() -> None:
+    s = scheduler(caching=True, num_pages=8, size=4, max_model_len=33)
+    first, second = (
+        add(s, 8, max_new_tokens=16),
+        s.add(tuple(range(500, 512)), SamplingParams(max_new_tokens=8), seed=0, eos=()),
+    )
+    run_out(s)
+    assert s.counters.preemptions and s.counters.cached_tokens
+    assert (first.num_new, second.num_new) == (16, 8)
+
+
+def test_it_can_be_switched_off() -> None:
+    s = scheduler(caching=False)
+    prompt = tuple(range(100, 110))
+    assert [first_start(s, prompt), first_start(s, prompt)] == [0, 0]
+    assert s.pages.num_cached == (0,)

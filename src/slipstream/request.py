@@ -216,6 +216,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     prompt: str | None = None
+    cache_salt: str = ""  # what is in the cache is shared only between requests of the same salt
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +261,13 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class Metrics:
-    """Seconds on `time.perf_counter`'s clock. Zero where it has not happened yet."""
+    """Seconds on `time.perf_counter`'s clock, zero where it has not happened yet; and tokens found in the cache."""
 
     arrived: float = 0.0
     started: float = 0.0
     first_token: float = 0.0
     finished: float = 0.0
+    cached_tokens: int = 0  # of the prompt, by the first answer that looked
 
 
 @dataclass(frozen=True, slots=True)

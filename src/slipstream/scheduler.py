@@ -2,7 +2,8 @@
 
 First come, first served. A step first goes on with what runs (one token for those that decode, the next piece of
 the prompt for the others), then admits what waits, within the token budget. When pages run out, the sequence that
-came last gives all of its pages back and is computed again later; its answer does not change.
+came last gives all of its pages back and is computed again later; its answer does not change. Full pages are offered to
+whoever comes later with the same beginning (also to the sequence itself, when it is computed again).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from slipstream.cache.pages import Pages
+from slipstream.cache.pages import Chain, Pages
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import Chunk, FinishReason, SamplingParams, Start, Step
 
@@ -29,6 +30,7 @@ class Sequence:
     seed: int
     end_ids: frozenset[int]  # the model's end tokens (unless ignored) and the request's own
     max_length: int
+    chain: Chain | None = None  # names its full pages; None where they are neither looked up nor offered
     computed: int = 0
     known: bool = False  # the runner has been told of it
     finish_reason: FinishReason | None = None
@@ -51,6 +53,7 @@ class Counters:
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # found in the cache instead of computed
     new_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
 
@@ -63,10 +66,13 @@ class Scheduler:
         max_num_seqs: sequences that run together.
         max_num_batched_tokens: tokens in one step.
         max_model_len: longest prompt + answer.
+        enable_prefix_caching: share pages between sequences that begin alike.
     """
 
-    def __init__(self, pages: Pages, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(self, pages: Pages, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
+                 enable_prefix_caching: bool = True) -> None:  # fmt: skip
         self.pages = pages
+        self.enable_prefix_caching = enable_prefix_caching
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -112,12 +118,18 @@ class Scheduler:
                 )
         return length
 
-    def add(self, prompt: tuple[int, ...], params: SamplingParams, *, seed: int, eos: tuple[int, ...]) -> Sequence:
-        """Queue one answer. Raises as `max_length` does, before anything is kept."""
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, *, seed: int, eos: tuple[int, ...],
+            salt: str = "") -> Sequence:  # fmt: skip
+        """Queue one answer. Raises as `max_length` does, before anything is kept.
+
+        Args:
+            salt: pages are shared only between answers of the same salt.
+        """
         length = self.max_length(len(prompt), params)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
         self._ids += 1
-        seq = Sequence(self._ids, params, len(prompt), list(prompt), seed, ends, length)
+        chain = Chain(self.pages.page_size, salt) if self.enable_prefix_caching else None
+        seq = Sequence(self._ids, params, len(prompt), list(prompt), seed, ends, length, chain)
         self.waiting.append(seq)
         return seq
 
@@ -152,15 +164,21 @@ class Scheduler:
             seq = self.waiting[0]
             # Room for all of its tokens, not for the first piece: or it would be thrown out again before it has
             # answered, and take the same pages and the same work in the next step.
-            if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens):
+            known = self._known(seq)
+            if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens, known):
                 break
-            count = min(budget, len(seq.tokens))
+            start = len(known) * self.pages.page_size
+            count = min(budget, len(seq.tokens) - start)
             if seq.wants_prompt_logits:
                 count = min(count, scored)
                 scored -= count
                 if not count:
                     break
-            self.pages.reserve(seq.id, 0, count)
+            if known:
+                self.pages.share(seq.id, known)
+                seq.computed = start
+                self.counters.cached_tokens += start
+            self.pages.reserve(seq.id, start, start + count)
             self.running.append(self.waiting.popleft())
             if not seq.known:
                 seq.known = True
@@ -173,6 +191,14 @@ class Scheduler:
         self.counters.steps += 1
         finished, self._forget = tuple(self._forget), []
         return Step(self.counters.steps, tuple(started), finished, tuple(chunks))
+
+    def _known(self, seq: Sequence) -> list[bytes]:
+        """The names of the pages at its beginning that are there. The last token is always computed, for its logits;
+        so are all that are scored."""
+        if seq.chain is None or seq.wants_prompt_logits:
+            return []
+        names = seq.chain.names(seq.tokens, len(seq.tokens) - 1)
+        return names[: self.pages.known(names)]
 
     def _chunk(self, seq: Sequence, count: int) -> Chunk:
         end = seq.computed + count
@@ -199,18 +225,22 @@ class Scheduler:
             if chunk.start < seq.prompt_length:
                 self.counters.prompt_tokens += min(chunk.end, seq.prompt_length) - chunk.start
             seq.computed = chunk.end
+            if chunk.sample and tokens[chunk.sequence] is None:
+                self.finish(seq, "error")
+                out.append((seq, None))
+                continue
+            if seq.chain is not None:
+                self.pages.offer(seq.id, seq.chain.names(seq.tokens, seq.computed))
             if not chunk.sample:
                 continue
             token = tokens[chunk.sequence]
-            if token is None:
-                self.finish(seq, "error")
-            else:
-                seq.tokens.append(token)
-                self.counters.new_tokens += 1
-                if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
-                    self.finish(seq, "stop", token)
-                elif len(seq.tokens) >= seq.max_length:
-                    self.finish(seq, "length")
+            assert token is not None
+            seq.tokens.append(token)
+            self.counters.new_tokens += 1
+            if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
+                self.finish(seq, "stop", token)
+            elif len(seq.tokens) >= seq.max_length:
+                self.finish(seq, "length")
             out.append((seq, token))
         return out
 
@@ -220,6 +250,8 @@ class Scheduler:
             return
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        if reason == "error" and seq.chain is not None:  # NaN in a page would spread to whoever finds it
+            self.pages.forget(seq.chain.names(seq.tokens, len(seq.tokens)))
         self.pages.free(seq.id)
         for queue in (self.running, self.waiting):
             if seq in queue:

@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pages of 64": {"page_size": 64},
     "two at a time": {"max_num_seqs": 2},
     "without room": {"kv_cache_memory_bytes": 80_000, "page_size": 4, "max_num_batched_tokens": 16},
+    "nothing is kept": {"enable_prefix_caching": False},
     "reference attention": {"attn_implementation": "reference", "page_size": 5},
 }
 
@@ -152,3 +153,42 @@ def test_a_request_without_a_seed_follows_the_engines(llama: Path) -> None:
     assert a[0].outputs[0].token_ids != a[1].outputs[0].token_ids
     c, d = (load(llama).generate("the", params).outputs[0].token_ids for _ in range(2))
     assert c != d
+
+
+def test_a_conversation_is_computed_once(model: tuple[Path, list[RequestOutput]]) -> None:
+    """Ten turns: under a tenth of the tokens seen are computed again, and the answers are those of a cold engine."""
+    folder, _ = model
+    warm, cold = (load(folder, enable_prefix_caching=on, page_size=4, max_model_len=500) for on in (True, False))
+    history: list[int] = []
+    for turn in range(10):
+        history += [40 + turn, 17, 30 + turn * 3]
+        outputs = [
+            llm.generate([history], GREEDY.replace(max_new_tokens=40, ignore_eos=True))[0] for llm in (warm, cold)
+        ]
+        same(*outputs)
+        history += outputs[0].outputs[0].token_ids
+        metrics = outputs[0].metrics
+        assert metrics is not None and metrics.cached_tokens >= len(outputs[0].prompt_token_ids) - 8 * bool(turn) - 3
+    counted = warm.engine.scheduler.counters
+    seen = cold.engine.scheduler.counters.prompt_tokens
+    again = counted.prompt_tokens - 3 * 10  # what each turn brings is new
+    assert cold.engine.scheduler.counters.cached_tokens == 0 < counted.cached_tokens
+    assert again < 0.1 * seen, (again, seen)
+    assert counted.cached_tokens + counted.prompt_tokens == seen
+
+
+def test_many_that_begin_alike(model: tuple[Path, list[RequestOutput]]) -> None:
+    """Twice the same, cut, and gone on with, all at once and in little room: nobody's answer changes."""
+    folder, _ = model
+    texts = [p for prompt in PROMPTS for p in (prompt, prompt[: len(prompt) // 2 + 1], prompt + " that is so", prompt)]
+    params = [p for p in PARAMS if p.prompt_logprobs is None]
+    cold = load(folder, enable_prefix_caching=False)
+    want = [cold.generate(text, p) for p in params for text in texts]
+    for options in ({"page_size": 2}, {"page_size": 4, "kv_cache_memory_bytes": 80_000, "max_num_batched_tokens": 16}):
+        llm = load(folder, **options)
+        for _ in range(2):  # once to fill the cache, once to read it
+            streams = [llm.submit(text, p) for p in params for text in texts]
+            for a, b in zip(want, [s.result() for s in streams], strict=True):
+                same(a, b)
+            llm.engine.scheduler.pages.check()
+        assert llm.engine.scheduler.counters.cached_tokens > 0

@@ -12,7 +12,10 @@ from slipstream.layers.transformer import Transformer
 
 def test_a_sliding_groups_memory_stops_growing(hybrid: Path) -> None:
     """Every page starts as NaN: those that are no longer were written. 500 tokens, window 9, two layers of four."""
-    llm = LLM(hybrid, kv_cache_memory_bytes=1 << 21, max_model_len=512, page_size=4, max_num_batched_tokens=8)
+    llm = LLM(
+        hybrid, kv_cache_memory_bytes=1 << 21, max_model_len=512, page_size=4, max_num_batched_tokens=8,
+        enable_prefix_caching=False,
+    )  # fmt: skip
     storage, plan = llm.engine.runner.storage, llm.plan
     assert storage.nbytes == plan.kv_bytes
     full, sliding = plan.groups

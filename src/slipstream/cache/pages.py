@@ -2,46 +2,21 @@
 
 Each cache group has a pool of its own, since a page of a sliding group and one of a full group hold different layers.
 A sequence gives back the pages of a sliding group as soon as no later token can see into them.
+
+Keys and values depend on all tokens before them, so a full page is named after the tokens from the first on (a chain of
+hashes). Who comes with the same beginning shares these pages: in a full group from the first on, in a sliding group those
+that the next token still sees.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
 
+from slipstream.cache.pool import PagePool
 from slipstream.cache.spec import CacheGroup
 from slipstream.request import PageTable
-
-
-class PagePool:
-    """The free pages of one group. The lowest number goes out first, so a lone sequence gets neighbouring pages."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self._free = list(range(num_pages))  # a sorted list is a heap
-        self._held = bytearray(num_pages)
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        pages = [heapq.heappop(self._free) for _ in range(count)]
-        for p in pages:
-            self._held[p] = 1
-        return pages
-
-    def give(self, pages: Sequence[int]) -> None:
-        for p in pages:
-            if not self._held[p]:
-                raise AssertionError(f"page {p} was given back twice")
-            self._held[p] = 0
-            heapq.heappush(self._free, p)
-
-    def check(self) -> None:
-        """Free and held pages make up the whole pool. Raises AssertionError: a bug of ours."""
-        if len(set(self._free)) != len(self._free) or sum(self._held) + len(self._free) != self.num_pages:
-            raise AssertionError("a page is lost or counted twice")
 
 
 class _Table:
@@ -49,9 +24,30 @@ class _Table:
 
     __slots__ = ("first", "pages")
 
-    def __init__(self) -> None:
-        self.first = 0
-        self.pages: list[int] = []
+    def __init__(self, first: int = 0, pages: Sequence[int] = ()) -> None:
+        self.first = first
+        self.pages = list(pages)
+
+
+class Chain:
+    """The names of the full pages of one row of tokens: each is a hash of its tokens and of the name before it.
+
+    Args:
+        salt: only rows of the same salt have the same names.
+    """
+
+    def __init__(self, page_size: int, salt: str = "") -> None:
+        self._size = page_size
+        self._start = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        self._names: list[bytes] = []
+
+    def names(self, tokens: Sequence[int], end: int) -> list[bytes]:
+        """Of the pages that the first `end` tokens fill."""
+        for page in range(len(self._names), end // self._size):
+            before = self._names[-1] if self._names else self._start
+            part = array("q", tokens[page * self._size : (page + 1) * self._size]).tobytes()
+            self._names.append(hashlib.blake2b(before + part, digest_size=16).digest())
+        return self._names[: end // self._size]
 
 
 class Pages:
@@ -68,6 +64,7 @@ class Pages:
         self.page_size = page_size
         self.pools = tuple(PagePool(n) for n in num_pages)
         self._tables: dict[int, tuple[_Table, ...]] = {}
+        self._named: dict[int, int] = {}  # sequence -> how many of its pages have been offered to others
 
     def reserve(self, sequence: int, start: int, end: int) -> bool:
         """Make room for the tokens at positions start..end-1, first dropping pages that none of them sees.
@@ -94,10 +91,65 @@ class Pages:
             del table.pages[:dead]
             table.first += dead
 
-    def fits(self, length: int, chunk: int) -> bool:
-        """Whether the free pages are enough to compute `length` tokens from the first on, `chunk` at a time."""
-        need = (group.max_pages(length, chunk, self.page_size) for group in self.groups)
-        return all(n <= pool.num_free for n, pool in zip(need, self.pools, strict=True))
+    def known(self, names: Sequence[bytes]) -> int:
+        """Pages at the beginning that need not be computed: for the next token, every group has what it sees.
+
+        Args:
+            names: from `Chain`, of the pages at the beginning.
+        """
+        count = len(names)
+        while count:
+            missing = [
+                self._missing(group, pool, names, count) for group, pool in zip(self.groups, self.pools, strict=True)
+            ]
+            if min(missing) == count:
+                return count
+            count = min(missing)  # with more pages than that the missing one would be seen too
+        return 0
+
+    def _missing(self, group: CacheGroup, pool: PagePool, names: Sequence[bytes], count: int) -> int:
+        """Of the pages that a token after `count` full ones sees, one that is not there: the first in a full group, the
+        last in a sliding one. `count`: all are there."""
+        pages = range(group.first_visible(count * self.page_size) // self.page_size, count)
+        order = pages if group.window is None else reversed(pages)
+        return next((i for i in order if pool.find(names[i]) is None), count)
+
+    def _seen(self, names: Sequence[bytes], count: int) -> Iterator[tuple[int, list[int | None]]]:
+        """For each group the first page that a token after `count` full ones sees, and the pages from there on."""
+        for group, pool in zip(self.groups, self.pools, strict=True):
+            first = group.first_visible(count * self.page_size) // self.page_size
+            yield first, [pool.find(name) for name in names[first:count]]
+
+    def fits(self, length: int, chunk: int, names: Sequence[bytes] = ()) -> bool:
+        """Whether the free pages are enough to compute `length` tokens `chunk` at a time, beside the known ones.
+
+        Args:
+            names: of the known pages. Those that others hold need no room.
+        """
+        seen = [found for _, found in self._seen(names, len(names))]
+        return all(
+            group.max_pages(length, chunk, self.page_size) - (len(found) - pool.idle(p for p in found if p is not None))
+            <= pool.num_free
+            for group, pool, found in zip(self.groups, self.pools, seen, strict=True)
+        )
+
+    def share(self, sequence: int, names: Sequence[bytes]) -> None:
+        """Begin a sequence with these known pages."""
+        tables = []
+        for pool, (first, found) in zip(self.pools, list(self._seen(names, len(names))), strict=True):
+            pages = [p for p in found if p is not None]
+            pool.share(pages)
+            tables.append(_Table(first, pages))
+        self._tables[sequence] = tuple(tables)
+        self._named[sequence] = len(names)
+
+    def offer(self, sequence: int, names: Sequence[bytes]) -> None:
+        """Let others find the pages that are full by now."""
+        done = self._named.get(sequence, 0)
+        for pool, table in zip(self.pools, self._tables[sequence], strict=True):
+            for i in range(max(done, table.first), len(names)):
+                pool.name(table.pages[i - table.first], names[i])
+        self._named[sequence] = len(names)
 
     def tables(self, sequence: int) -> tuple[PageTable, ...]:
         return tuple(PageTable(t.first, tuple(t.pages)) for t in self._tables[sequence])
@@ -110,11 +162,27 @@ class Pages:
         """Give everything back; a sequence that holds nothing is fine."""
         for pool, table in zip(self.pools, self._tables.pop(sequence, ()), strict=False):
             pool.give(table.pages)
+        self._named.pop(sequence, None)
+
+    def forget(self, names: Sequence[bytes]) -> None:
+        """Nobody shall find these pages any more: what is in them is not to be trusted."""
+        for pool in self.pools:
+            pool.forget([page for name in names if (page := pool.find(name)) is not None])
+
+    @property
+    def num_cached(self) -> tuple[int, ...]:
+        """In each group the pages that nobody holds and that can be found."""
+        return tuple(pool.num_cached for pool in self.pools)
 
     def check(self) -> None:
-        """Every page is free or in exactly one table. Raises AssertionError: a bug of ours."""
+        """Every page has as many holders as tables that name it. Raises AssertionError: a bug of ours."""
         for i, pool in enumerate(self.pools):
             pool.check()
-            owned = [p for tables in self._tables.values() for p in tables[i].pages]
-            if len(set(owned)) != len(owned) or len(owned) + pool.num_free != pool.num_pages:
+            owned: dict[int, int] = {}
+            for tables in self._tables.values():
+                for page in tables[i].pages:
+                    owned[page] = owned.get(page, 0) + 1
+            if any(pool.holders(page) != count for page, count in owned.items()):
+                raise AssertionError(f"group {i}: a page has another number of holders than tables that name it")
+            if len(owned) + pool.num_free != pool.num_pages:
                 raise AssertionError(f"group {i}: {len(owned)} owned + {pool.num_free} free != {pool.num_pages}")

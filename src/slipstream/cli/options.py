@@ -188,6 +188,13 @@ class EngineOptions:
         float | None, _engine("Part of the free memory that may be used, up to 1. Default: 0.9, on a CPU at most 0.5.")
     ] = None
     page_size: Annotated[int | None, _engine("Tokens in a page of the KV cache. Default: 16.", metavar="TOKENS")] = None
+    enable_prefix_caching: Annotated[
+        bool | None,
+        _engine(
+            "Keep what was computed for prompts that begin alike. Default: yes.",
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+        ),
+    ] = None
     attn_implementation: Annotated[
         str | None, _engine("Force an attention that `slipstream explain` lists. Default: the fastest that fits.")
     ] = None

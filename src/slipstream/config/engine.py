@@ -28,6 +28,7 @@ class EngineConfig:
         gpu_memory_utilization: the part of the free memory that the plan may use (weights, KV, workspace); on a CPU at
             most half of it.
         page_size: tokens in one page of the KV cache.
+        enable_prefix_caching: keep full pages of what was computed, for requests that begin alike, until their room is needed.
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
         num_threads: CPU threads; None leaves torch's own choice.
@@ -43,6 +44,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     page_size: int = 16
+    enable_prefix_caching: bool = True
     attn_implementation: str | None = None
     linear_implementation: str | None = None
     num_threads: int | None = None
@@ -72,6 +74,8 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(f"enable_prefix_caching: must be true or false, got {self.enable_prefix_caching!r}")
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1 or math.isnan(share):
             raise ConfigError(f"gpu_memory_utilization: must be above 0 and at most 1, got {share!r}")

@@ -6,11 +6,12 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from slipstream.cache.pages import Pages
 from slipstream.engine.runner import Runner, StepResult
+from slipstream.engine.snapshot import Rate, Snapshot, take_snapshot
 from slipstream.errors import RequestError
 from slipstream.plan import Plan
 from slipstream.request import Completion, FinishReason, Metrics, Request, RequestOutput, Step, as_token_ids
@@ -50,6 +51,7 @@ class Stream:
     output: RequestOutput
     answers: list[_Answer] = field(default_factory=list)
     pending: deque[Delta] = field(default_factory=deque)
+    deliver: Callable[[Stream, Delta], None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -59,10 +61,17 @@ class Stream:
         while True:
             while self.pending:
                 yield self.pending.popleft()
-            if self.finished:
-                return
+            with self.engine._lock:  # another thread may be about to add the last delta
+                if self.finished and not self.pending:
+                    return
             if not self.engine.step() and not self.pending and not self.finished:
                 raise AssertionError("an unfinished answer is in no queue")
+
+    def put(self, delta: Delta) -> None:
+        if self.deliver is None:
+            self.pending.append(delta)
+        else:
+            self.deliver(self, delta)
 
     def result(self) -> RequestOutput:
         """Run to the end."""
@@ -93,13 +102,19 @@ class Engine:
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
+            enable_prefix_caching=plan.asked.enable_prefix_caching,
         )
         self._answers: dict[int, _Answer] = {}
         self._lock = threading.RLock()  # any thread may submit, step and cancel; one at a time does
         self._seeds = None if plan.asked.seed is None else _seeds(plan.asked.seed)
+        self._rate, self._started = Rate(), time.perf_counter()
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, deliver: Callable[[Stream, Delta], None] | None = None) -> Stream:
         """Queue a request.
+
+        Args:
+            deliver: is called with the stream and each delta as it is made, in the thread that runs the step, which waits
+                for it; it must not raise. Whoever gives it does not iterate the stream.
 
         Raises:
             RequestError: it names tokens that do not exist, or is longer than max_model_len.
@@ -114,9 +129,9 @@ class Engine:
                 raise RequestError(f"{name}: token {bad[0]} is not in the vocabulary of {vocab}", field=name)
         self.scheduler.max_length(len(request.prompt_token_ids), params)  # refuse before anything is queued
         with self._lock:
-            return self._queue(request)
+            return self._queue(request, deliver)
 
-    def _queue(self, request: Request) -> Stream:
+    def _queue(self, request: Request, deliver: Callable[[Stream, Delta], None] | None) -> Stream:
         params = request.params
         now = time.perf_counter()
         prompt_logprobs = None if params.prompt_logprobs is None else [None] * len(request.prompt_token_ids)
@@ -128,13 +143,15 @@ class Engine:
             prompt_logprobs,  # type: ignore[arg-type]
             Metrics(arrived=now),
         )
-        stream = Stream(self, output)
+        stream = Stream(self, output, deliver=deliver)
         base = params.seed if params.seed is not None else self._draw_seed()
         for completion in output.outputs:
             seed = (base + completion.index) % 2**64
             if completion.index == 1 and params.prompt_logprobs is not None:
                 params = params.replace(prompt_logprobs=None)  # the first answer scores the prompt for all
-            sequence = self.scheduler.add(request.prompt_token_ids, params, seed=seed, eos=self.eos_token_ids)
+            sequence = self.scheduler.add(
+                request.prompt_token_ids, params, seed=seed, eos=self.eos_token_ids, salt=request.cache_salt
+            )
             detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens, continues=True)
             stops = StopStrings(params.stop, params.include_stop_str_in_output)
             answer = _Answer(sequence, stream, completion, detokenizer, stops)
@@ -151,7 +168,15 @@ class Engine:
         An interrupt (Ctrl-C) ends them with `abort`, anything else with `error`; the engine stays usable.
         """
         with self._lock:
-            return self._step()
+            counters = self.scheduler.counters
+            self._rate.begin(time.perf_counter(), counters.prompt_tokens, counters.new_tokens)
+            ran = True
+            try:
+                ran = self._step()
+            finally:
+                if ran:
+                    self._rate.end(time.perf_counter())
+            return ran
 
     def _step(self) -> bool:
         running = False
@@ -183,9 +208,10 @@ class Engine:
     def _note_started(self, step: Step) -> None:
         now = time.perf_counter()
         for s in step.started:
-            metrics = self._answers[s.sequence].stream.output.metrics
+            answer = self._answers[s.sequence]
+            metrics = answer.stream.output.metrics
             if metrics is not None and not metrics.started:
-                metrics.started = now
+                metrics.started, metrics.cached_tokens = now, answer.sequence.computed
 
     def _take_prompt_logprobs(self, result: StepResult) -> None:
         for sequence, values in result.prompt_logprobs.items():
@@ -212,7 +238,7 @@ class Engine:
             self.scheduler.stop(sequence, matched)
         if sequence.finish_reason is None:
             completion.text += text
-            answer.stream.pending.append(Delta(completion.index, token, text))
+            answer.stream.put(Delta(completion.index, token, text))
         else:
             self._close(answer, text if matched is not None else text + self._rest(answer), token)
 
@@ -229,11 +255,11 @@ class Engine:
         sequence, completion = answer.sequence, answer.completion
         completion.text += text
         completion.finish_reason, completion.stop_reason = sequence.finish_reason, sequence.stop_reason
-        answer.stream.pending.append(Delta(completion.index, token, text, sequence.finish_reason))
         metrics = answer.stream.output.metrics
         if metrics is not None and answer.stream.finished:
             metrics.finished = time.perf_counter()
         del self._answers[sequence.id]
+        answer.stream.put(Delta(completion.index, token, text, sequence.finish_reason))
 
     def end(self, answer: _Answer, reason: FinishReason) -> None:
         """End one answer from outside; one that has ended already stays as it is."""
@@ -241,6 +267,11 @@ class Engine:
             if answer.sequence.id in self._answers:
                 self.scheduler.finish(answer.sequence, reason)
                 self._close(answer, self._rest(answer), None)
+
+    def snapshot(self) -> Snapshot:
+        """What is going on, between two steps."""
+        with self._lock:
+            return take_snapshot(self.scheduler, self._rate, time.perf_counter(), self._started)
 
 
 def _seeds(seed: int) -> Iterator[int]:
