@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slipstream.async_llm import AsyncLLM
     from slipstream.errors import (
         CapacityError,
         CheckpointError,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "slipstream.llm",
+    "AsyncLLM": "slipstream.async_llm",
     "quantize": "slipstream.quantization.quantize",
     "SamplingParams": "slipstream.request",
     "SlipstreamError": "slipstream.errors",
@@ -35,6 +37,7 @@ _HOME = {
 }
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CapacityError",
     "CheckpointError",
     "ConfigError",

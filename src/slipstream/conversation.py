@@ -88,7 +88,7 @@ class ChatOutput(RequestOutput):
         return self.answers[0].tool_calls
 
 
-class _Parser(Protocol):
+class Parser(Protocol):
     """Parts one answer as it is written. `stopped` is the stop string that ended it."""
 
     @property
@@ -166,18 +166,21 @@ class ChatStream:
     """The answers of a chat as they are written: iterate for `ChatDelta`s; `output` is what there is so far."""
 
     stream: Stream
-    parsers: list[_Parser]
+    parsers: list[Parser]
 
     def __iter__(self) -> Iterator[ChatDelta]:
         for delta in self.stream:
-            parser = self.parsers[delta.index]
-            events = parser.feed(delta)
-            if parser.stopped is not None:
-                completion = self.stream.output.outputs[delta.index]
-                self.stream.engine.end(self.stream.answers[delta.index], "stop")
-                completion.stop_reason = parser.stopped
-            for e in events:
-                yield ChatDelta(e.kind, e.text, delta.index, e.name, e.index if e.kind == "tool_call" else 0)
+            yield from self.feed(delta)
+
+    def feed(self, delta: Delta) -> list[ChatDelta]:
+        """What one delta of the stream adds. An answer in which a stop string stands is ended."""
+        parser = self.parsers[delta.index]
+        events = parser.feed(delta)
+        if parser.stopped is not None:
+            completion = self.stream.output.outputs[delta.index]
+            self.stream.engine.end(self.stream.answers[delta.index], "stop")
+            completion.stop_reason = parser.stopped
+        return [ChatDelta(e.kind, e.text, delta.index, e.name, e.index if e.kind == "tool_call" else 0) for e in events]
 
     @property
     def output(self) -> ChatOutput:
@@ -197,7 +200,7 @@ class ChatStream:
             pass
 
 
-def open_parsers(tokenizer: Tokenizer, params: SamplingParams, *, harmony: bool) -> list[_Parser]:
+def open_parsers(tokenizer: Tokenizer, params: SamplingParams, *, harmony: bool) -> list[Parser]:
     """One parser for each answer."""
     return [_Harmony(tokenizer, params) if harmony else _Plain() for _ in range(params.n)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,12 +12,14 @@ from slipstream.checkpoint.files import no_collection
 from slipstream.checkpoint.open import Checkpoint, open_checkpoint
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import CheckpointError, RequestError
+from slipstream.llm_batch import Bar, BatchRun, pairs
 from slipstream.request import Request, RequestOutput, SamplingParams, as_token_ids
 from slipstream.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from slipstream.conversation import ChatDelta, ChatOutput, ChatStream, Messages
+    from slipstream.conversation import ChatDelta, ChatOutput, ChatStream, Messages, Parser
     from slipstream.engine.engine import Stream
+    from slipstream.engine.snapshot import Snapshot
 
 Prompt = str | Sequence[int]
 
@@ -88,10 +90,8 @@ class LLM:
         single = isinstance(prompts, str)
         if not single and not isinstance(prompts, (list, tuple)):
             raise RequestError(f"prompts: must be a text or a list, got {type(prompts).__name__}", field="prompts")
-        if not single and prompts and all(isinstance(p, int) for p in prompts):
-            raise RequestError(
-                "prompts: for one prompt of token ids give a list that holds it: [[1, 2]]", field="prompts"
-            )
+        if not single:
+            _refuse_one_prompt(prompts)
         streams = []
         try:
             for prompt in [prompts] if single else prompts:
@@ -103,8 +103,75 @@ class LLM:
             raise
         return outputs[0] if single else outputs
 
+    def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        ordered: bool = True,
+        on_result: Callable[[RequestOutput], object] | None = None,
+        progress: bool | Callable[[Snapshot], object] | None = None,
+    ) -> Generator[RequestOutput, None, None]:
+        """Continue any number of prompts, and give each result as soon as it may be had.
+
+        Prompts are taken from the iterable as there is room, so it may be a generator of millions; the engine runs while
+        results are asked for. A prompt that cannot be served ends in `error`, with the message in
+        `output.outputs[0].error`, as does one in a forward pass that fails; all others go on. Leaving the loop early
+        (break and `close()`, an exception, Ctrl-C) cancels what is queued and frees its pages; nothing is said of these
+        to `on_result`.
+
+        Args:
+            params: one for all, or one for each prompt; None takes the checkpoint's generation_config where it has one.
+            ordered: results come in the order of the prompts. False gives each as it finishes.
+            on_result: called with each result as it finishes, before it is given. If it raises, that result ends in
+                `error` with what was raised as the message, and nothing else is touched.
+            progress: None or True draws a bar on standard error where that is a terminal; False does not; a callable
+                gets a Snapshot about ten times a second and one at the end. What it raises ends the batch.
+
+        Raises:
+            RequestError: `prompts` is a single prompt, or there are not as many `params` as prompts.
+
+        >>> for output in llm.generate_batch(open("prompts.txt"), SamplingParams(max_new_tokens=32)):
+        ...     print(output.text)
+        """
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+            what = "[prompt] for a single one" if isinstance(prompts, str) else f"got {type(prompts).__name__}"
+            raise RequestError(f"prompts: must be a list or another iterable of prompts; {what}", field="prompts")
+        _refuse_one_prompt(prompts)
+        if not (params is None or isinstance(params, (SamplingParams, Iterable))) or isinstance(params, (str, Mapping)):
+            what = f"got {type(params).__name__}"
+            raise RequestError(f"params: must be one SamplingParams or one for each prompt, {what}", field="params")
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        if total is not None and isinstance(params, Sized) and len(params) != total:
+            raise RequestError(f"params: {len(params)} for {total} prompts; give one for each or one", field="params")
+        bar = Bar(total) if progress is None or progress is True else None
+        report: Callable[[Snapshot, int], object] | None = bar
+        if callable(progress):
+            report = _without_count(progress)
+        run = BatchRun(
+            self.make_request,
+            self.engine,
+            pairs(prompts, params),
+            ordered=ordered,
+            on_result=on_result,
+            report=report,
+        )
+        return _closing(run, bar)
+
+    def snapshot(self) -> Snapshot:
+        """What the engine is doing: its queue, pages, counts and speed."""
+        return self.engine.snapshot()
+
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Queue a prompt; the `Stream` that comes back gives tokens as they are made. See engine.Stream."""
+        return self.engine.submit(self.make_request(prompt, params))
+
+    def make_request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Check and tokenize a prompt; nothing is queued.
+
+        Raises:
+            RequestError: it is no text and no list of token ids, or `params` are no SamplingParams.
+        """
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params: must be one SamplingParams, got {type(params).__name__}", field="params")
         if isinstance(prompt, str):
@@ -112,7 +179,7 @@ class LLM:
             text: str | None = prompt
         else:
             ids, text = as_token_ids(prompt, self.model_config.vocab_size), None
-        return self.engine.submit(Request(f"req-{next(self._ids)}", ids, params or self.default_params, text))
+        return Request(f"req-{next(self._ids)}", ids, params or self.default_params, text)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one answer, piece by piece. Closing the iterator ends the request."""
@@ -175,6 +242,33 @@ class LLM:
         """
         from slipstream import conversation  # here, as it loads jinja2, which a plain `generate` does not need
 
+        request, parsers = self.make_chat_request(
+            messages,
+            params,
+            reasoning_effort=reasoning_effort,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **template_variables,
+        )
+        return conversation.ChatStream(self.engine.submit(request), parsers)
+
+    def make_chat_request(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        reasoning_effort: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **template_variables: Any,
+    ) -> tuple[Request, list[Parser]]:
+        """Render and tokenize a conversation; nothing is queued. Arguments and errors are those of submit_chat.
+
+        Returns:
+            the request, and what parts each of its answers into reasoning, answer and tool calls.
+        """
+        from slipstream import conversation
+
         harmony = self.model_config.model_type == "gpt_oss"
         prompt = conversation.render_prompt(
             self.tokenizer,
@@ -189,8 +283,25 @@ class LLM:
         ids = self.tokenizer.encode(prompt, add_special_tokens=False)  # the template has written its own
         seen = conversation.engine_params(self.tokenizer, params, harmony=harmony)
         checked = as_token_ids(ids, self.model_config.vocab_size)
-        stream = self.engine.submit(Request(f"req-{next(self._ids)}", checked, seen, prompt))
-        return conversation.ChatStream(stream, conversation.open_parsers(self.tokenizer, params, harmony=harmony))
+        request = Request(f"req-{next(self._ids)}", checked, seen, prompt)
+        return request, conversation.open_parsers(self.tokenizer, params, harmony=harmony)
+
+
+def _refuse_one_prompt(prompts: object) -> None:
+    if isinstance(prompts, (list, tuple)) and prompts and all(isinstance(p, int) for p in prompts):
+        raise RequestError("prompts: for one prompt of token ids give a list that holds it: [[1, 2]]", field="prompts")
+
+
+def _without_count(progress: Callable[[Snapshot], object]) -> Callable[[Snapshot, int], object]:
+    return lambda snapshot, _: progress(snapshot)
+
+
+def _closing(run: BatchRun, bar: Bar | None) -> Generator[RequestOutput, None, None]:
+    try:
+        yield from run.results()
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

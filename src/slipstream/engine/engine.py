@@ -62,7 +62,9 @@ class Stream:
             while self.pending:
                 yield self.pending.popleft()
             with self.engine._lock:  # another thread may be about to add the last delta
-                if self.finished and not self.pending:
+                if self.pending:
+                    continue
+                if self.finished:
                     return
             if not self.engine.step() and not self.pending and not self.finished:
                 raise AssertionError("an unfinished answer is in no queue")
