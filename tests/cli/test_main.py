@@ -17,7 +17,7 @@ from slipstream.conversation import ChatDelta
 from tests.cli.conftest import Run
 from tests.cli.test_chat import ENVIRONMENT, PROGRAM, Terminal
 
-COMMANDS = ("generate", "chat", "pull", "inspect", "explain", "models", "quantize")
+COMMANDS = ("generate", "chat", "batch", "pull", "inspect", "explain", "models", "quantize")
 
 
 def test_version_and_help(slipstream: Run) -> None:
@@ -42,7 +42,7 @@ def test_every_option_has_a_help_text(slipstream: Run, command: str) -> None:
 
 
 def test_options_stand_in_groups(slipstream: Run) -> None:
-    for command in ("generate", "chat"):
+    for command in ("generate", "chat", "batch"):
         headings = re.findall(r"^(\w+):$", slipstream(command, "--help").out, re.M)
         assert headings == ["Arguments", "Options", "Sampling", "Engine"]
 

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from slipstream import __version__
+from slipstream.cli.batch import batch
 from slipstream.cli.chat import chat
 from slipstream.cli.explain import explain
 from slipstream.cli.generate import generate
@@ -25,7 +26,7 @@ from slipstream.cli.pull import pull
 from slipstream.cli.quantize import quantize
 from slipstream.errors import SlipstreamError
 
-_COMMANDS = (generate, chat, pull, inspect, explain, models, quantize)
+_COMMANDS = (generate, chat, batch, pull, inspect, explain, models, quantize)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
