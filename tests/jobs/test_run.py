@@ -128,6 +128,7 @@ def openai(**body: Any) -> dict[str, Any]:
         ("[1]", None, "must be a JSON object"),
         ('{"prompt": "\\ud800"}', None, "surrogate"),
         ('{"prompt": "a", "prompt": "b"}', "prompt", "twice"),
+        ('{"\\ud800": 1, "\\ud800": 2}', "?", "stands twice"),
         ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", None, "not JSON"),
         ("[" * 100_000, None, "not JSON"),
         ({"id": "x"}, "prompt", "one of the two"),
@@ -282,6 +283,28 @@ def test_another_input_or_other_settings_are_refused(job: Job) -> None:
         job.run(overwrite=True, progress=stop_after(5))
     assert len(job.run(*many(7), overwrite=True)) == 7
     assert job.report.resumed == 0
+
+
+def test_a_damaged_journal_is_trusted_up_to_the_damage(job: Job) -> None:
+    job.write(*many())
+    whole = job.run()
+    job.out.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        job.run(progress=stop_after(9))
+    journal = job.hidden / "journal"
+    kept = journal.read_bytes().splitlines(keepends=True)
+    at = kept[5].index(b'"text": "') + 9
+    kept[5] = kept[5][:at] + bytes([kept[5][at] ^ 1]) + kept[5][at + 1 :]
+    journal.write_bytes(b"".join(kept))
+    assert job.run() == whole and job.report.resumed == 4
+
+    job.out.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        job.run(progress=stop_after(9))
+    journal.write_bytes(b"?" + journal.read_bytes()[1:])
+    with pytest.raises(ConfigError, match="is damaged.*--overwrite"):
+        job.run()
+    assert job.run(overwrite=True) == whole and job.report.resumed == 0
 
 
 def test_another_model_is_refused(job: Job, tmp_path: Path) -> None:

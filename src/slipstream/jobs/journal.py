@@ -120,7 +120,7 @@ class Journal:
         """
         if index in self:
             raise AssertionError(f"line {index} is answered twice")
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode(errors="replace")  # a message may quote it
         at = self._end
         self._write(_pack(b"%d %d %d %d\t%b" % (index, good, prompt_tokens, new_tokens, text)))
         self._count(index, at, good, prompt_tokens, new_tokens)

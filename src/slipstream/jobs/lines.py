@@ -148,7 +148,8 @@ def _load(raw: bytes) -> dict[str, Any]:
         raise RequestError(f"the line is longer than {MAX_LINE >> 20} MiB")
     try:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_no_twins)
-        json.dumps(value, ensure_ascii=False).encode()
+        if b"\\u" in raw:  # only so can half a character have come in
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         raise RequestError("the line holds half of a surrogate pair; it is not valid Unicode") from e
     except UnicodeDecodeError as e:
