@@ -25,6 +25,8 @@ def perplexity(llm: LLM, text: str, *, window: int = 512) -> float:
         ConfigError: the window is shorter than 2 or longer than the model takes.
         RequestError: the text has fewer than 2 tokens.
     """
+    if not isinstance(llm, LLM):
+        raise ConfigError(f"llm: must be an LLM, got {type(llm).__name__}; write perplexity(LLM(model), text)")
     most = llm.plan.max_model_len - 1
     if not isinstance(window, int) or not 2 <= window <= most:
         raise ConfigError(f"window: must be a whole number from 2 to {most}, got {window!r}")

@@ -266,7 +266,7 @@ def test_a_real_gguf(smollm2: Path, tmp_path: Path) -> None:
     report = quantize(smollm2, tmp_path / "out", to="int8", skip=["*.layers.[0-9].*", "*.layers.1?.*", "*.mlp.*"])
     assert report.bytes_before == open_checkpoint(smollm2).total_bytes
     assert report.parameters == 134_515_008
-    assert "are bfloat16 now: model.embed_tokens.weight" in report.notes[0]
+    assert "not to be converted, became bfloat16: model.embed_tokens.weight" in report.notes[0]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours, was = Tokenizer.from_folder(tmp_path / "out"), Tokenizer.from_gguf(open_checkpoint(smollm2).metadata)
     for text in ("Hello  world, 1234\n\tnaïve 日本語 🙂", "<|im_start|>user\nHi<|im_end|>\n", " x"):
@@ -313,7 +313,34 @@ def test_what_is_no_number_is_an_error(models: Any, tmp_path: Path, value: float
 
 def test_rows_that_do_not_fit(models: Any, tmp_path: Path) -> None:
     source, _ = models("qwen3")
-    with pytest.raises(ConfigError, match=r"int4 needs rows of a multiple of 64 weights.*--skip"):
+    with pytest.raises(ConfigError, match=r"int4 needs rows of a multiple of 64 weights.*rows of a multiple of 32"):
         quantize(source, tmp_path / "out", to="int4", group_size=64)
     assert isinstance(quantize(source, tmp_path / "out", to="int4", group_size=64, modules=["*.o_proj"]), Report)
     assert Selection("int4", "qwen3", group_size=64).takes("model.layers.0.self_attn.o_proj.weight", (96, 384))
+
+
+def test_a_damaged_source_is_refused(models: Any, tmp_path: Path) -> None:
+    """What was hashed is checked before damage could get a hash of its own."""
+    source, _ = models("qwen3")
+    quantize(source, tmp_path / "a", to="mxfp4", modules=["*.mlp.*"])
+    shard = tmp_path / "a/model.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1000] ^= 4
+    shard.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        quantize(tmp_path / "a", tmp_path / "b", to="int8")
+    assert not (tmp_path / "b").exists()
+
+
+def test_advice_that_works(models: Any, tmp_path: Path) -> None:
+    source, _ = models("qwen3")
+    quantize(source, tmp_path / "a", to="int8", skip=["lm_head", "*.embed_tokens"])  # never converted anyway
+    for option, value, says in (
+        ("modules", ["lm_head"], "never embeddings, head, norms and routers"),
+        ("modules", ["down_proj"], r"'\*down_proj\*' would"),
+        ("skip", ["*.q_proj,*.k_proj"], "once for each pattern"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            quantize(source, tmp_path / "b", to="int8", **{option: value})
+    with pytest.raises(ConfigError, match="model: must be a name or a path, got int"):
+        quantize(5, tmp_path / "b")  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def check_out(in_path: Path, out_path: str | Path, *, overwrite: bool) -> Path:
 
 
 def _exists(out: Path) -> str:
-    return f"out: {out} exists; name another file, or allow it to be replaced with --overwrite"
+    return f"out: {out} exists; name another file, or allow it to be replaced (overwrite=True, --overwrite)"
 
 
 def _bases(llm: LLM, params: SamplingParams | Mapping[str, Any] | None) -> tuple[SamplingParams, SamplingParams]:

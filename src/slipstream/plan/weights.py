@@ -79,7 +79,9 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
     except ConfigError as e:
         raise ConfigError(f"quantization: {e}") from e
     if made and not covered and all(t.format != made for t in checkpoint.tensors.values()):
-        raise ConfigError(f"quantization: there is no weight in {checkpoint.path} that could be held as {made}")
+        packed = ", ".join(sorted({t.format for t in checkpoint.tensors.values() if t.parts}))
+        why_not = f": its weights are {packed} already, and what is packed stays so" if packed else ""
+        raise ConfigError(f"quantization: no weight in {checkpoint.path} can become {made} while loading{why_not}")
     hold = _Holder(asked.quantization, takes, config.tie_word_embeddings, ops, device)
     loads = dry_run(
         model, home.WEIGHTS, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,

@@ -41,7 +41,9 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise ConfigError(f"out: {out} exists; name another folder, or allow it to be replaced with --overwrite")
+        raise ConfigError(
+            f"out: {out} exists; name another folder, or allow it to be replaced (overwrite=True, --overwrite)"
+        )
     if out.is_symlink() or not out.is_dir():
         raise ConfigError(f"out: {out} is not a folder; remove it first")
     inside = list(out.iterdir())

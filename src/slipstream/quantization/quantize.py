@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from slipstream.checkpoint.manifest import NAME, VERSION
+from slipstream.checkpoint.manifest import NAME, VERSION, verify
 from slipstream.checkpoint.open import Checkpoint, open_checkpoint
 from slipstream.checkpoint.save import Entry, file_bytes, shard_names, write_index, write_json, write_shard
 from slipstream.checkpoint.support import refuse_quantized
@@ -95,6 +95,9 @@ def quantize(
         CheckpointError: the model cannot be read, or holds NaN or infinity in what is to be converted.
         CapacityError: the disk has no room.
     """
+    for name, path in (("model", model), ("out", out)):
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"{name}: must be a name or a path, got {type(path).__name__}")
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes: must be a whole number of at least 1, got {max_shard_bytes!r}")
     Selection(to, "", modules, skip, group_size)  # before anything is fetched
@@ -107,6 +110,8 @@ def quantize(
     target = target.parent.resolve() / target.name
     with disk_errors(target):
         check_target(target, checkpoint.path, overwrite=overwrite)
+        if checkpoint.kind == "safetensors":
+            verify(checkpoint.path)  # damage must not get a hash of its own
         return _Run(checkpoint, selection, group, target, max_shard_bytes, _name(model), progress or _silent).run()
 
 
@@ -217,8 +222,12 @@ class _Run:
         if widened:  # GGUF's blocks have no place in safetensors
             name = str(self.dtype).removeprefix("torch.")
             some = f"{widened[0].name}{', ...' if len(widened) > 1 else ''}"
+            what = "a tensor" if len(widened) == 1 else f"{len(widened)} tensors"
+            notes.append(f"{what} in GGUF's blocks, not to be converted, became {name}: {some}")
+        after = sum(e.nbytes for job in jobs for e in job.entries)
+        if after > self.checkpoint.total_bytes:
             notes.append(
-                f"{len(widened)} tensors in GGUF's blocks were not to be converted, and are {name} now: {some}"
+                "the new folder is larger than its source, which is quantized itself; start from floats where you can"
             )
         parameters = sum(prod(i.shape) for i in self.checkpoint.tensors.values())
         return Report(
@@ -226,7 +235,7 @@ class _Run:
             to=self.selection.format,
             group_size=self.group or None,
             bytes_before=self.checkpoint.total_bytes,
-            bytes_after=sum(e.nbytes for job in jobs for e in job.entries),
+            bytes_after=after,
             parameters=parameters,
             parameters_covered=sum(job.covered for job in jobs),
             errors=errors,

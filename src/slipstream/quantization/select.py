@@ -90,10 +90,11 @@ class Selection:
         known = {module_of(n): n for n, shape in tensors.items() if eligible(n, shape)}
         for option, patterns in (("modules", self.modules), ("skip", self.skip)):
             for pattern in patterns:
-                if not any(fnmatchcase(m, pattern) for m in known):
-                    raise ConfigError(
-                        f"{option}: {pattern!r} matches none of the modules that can be converted{_near(pattern, known)}"
-                    )
+                if any(fnmatchcase(m, pattern) for m in known) or (option == "skip" and _aside(pattern, tensors)):
+                    continue
+                raise ConfigError(
+                    f"{option}: {pattern!r} matches none of the modules that can be converted{_near(pattern, known)}"
+                )
         widths = {m: row_width(n, tensors[n]) for m, n in known.items() if self.takes(n, tensors[n])}
         if not widths:
             raise ConfigError("modules, skip: nothing is left to convert; name other modules, or skip fewer")
@@ -105,10 +106,15 @@ class Selection:
         size = sizes[-1]
         wrong = sorted(m for m, width in widths.items() if width % size)
         some = ", ".join(f"{m} ({widths[m]})" for m in wrong[:4]) + (", ..." if len(wrong) > 4 else "")
-        raise ConfigError(
-            f"{self.format} needs rows of a multiple of {size} weights, which {len(wrong)} modules do not have: {some}; "
-            f"`slipstream quantize` leaves them out with --skip, as in --skip '*.{wrong[0].rpartition('.')[2]}'"
+        message = (
+            f"{self.format} needs rows of a multiple of {size} weights, which {len(wrong)} modules do not have: {some}"
         )
+        smaller = [g for g in GROUPS if g < size and all(width % g == 0 for width in widths.values())]
+        if self.format == "int4" and smaller:
+            raise ConfigError(f"group_size: {message}; all of them have rows of a multiple of {smaller[0]}")
+        kinds = dict.fromkeys(m.rpartition(".")[2] for m in wrong)
+        skips = " ".join(f"--skip '*.{kind}'" for kind in kinds)
+        raise ConfigError(f"{message}; `slipstream quantize` leaves them out with {skips}")
 
 
 def eligible(name: str, shape: Shape) -> bool:
@@ -129,7 +135,16 @@ def row_width(name: str, shape: Shape) -> int:
     return shape[1] if is_transposed(name) else shape[-1]
 
 
+def _aside(pattern: str, tensors: Mapping[str, Shape]) -> bool:
+    """Whether a pattern names what is never converted, so that to skip it changes nothing. A tied head has no tensor."""
+    return any(fnmatchcase(m, pattern) for m in ("lm_head", *map(module_of, tensors)))
+
+
 def _near(pattern: str, known: Mapping[str, str]) -> str:
+    if "," in pattern:
+        return "; give the option once for each pattern"
+    wider = f"*{pattern}*"
+    if any(fnmatchcase(m, wider) for m in known):
+        return f"; {wider!r} would"
     near = difflib.get_close_matches(pattern, known, 3, 0.5) or list(known)[:3]
-    plain = "" if set(pattern) & set("*?[") else f", or a pattern such as '*{pattern}*'"
-    return f"; there is {', '.join(near)}{plain}" if near else "; the checkpoint has none"
+    return f" (never embeddings, head, norms and routers); there is {', '.join(near)}" if near else "; there are none"
