@@ -125,7 +125,7 @@ def test_architectures() -> None:
 
 def test_every_command_is_shown() -> None:
     shown = set(re.findall(r"slipstream (\w+)", "".join(BASH)))
-    assert shown == {"generate", "chat", "pull", "inspect", "explain", "models", "quantize"}
+    assert shown == {"generate", "chat", "batch", "pull", "inspect", "explain", "models", "quantize"}
 
 
 # -- names of files and of what is in them -----------------------------------------------------------------------------
