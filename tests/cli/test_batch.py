@@ -67,7 +67,7 @@ def test_a_model_in_place_of_the_one_that_the_lines_name(slipstream: Run, model:
         ("IN OUT", 2, "model: no line names one"),
         ("nowhere OUT --model MODEL", 2, "nowhere cannot be read"),
         ("IN IN --model MODEL", 2, "is the input"),
-        ("IN OLD --model MODEL", 2, "allow it to be replaced with --overwrite"),
+        ("IN OLD --model MODEL", 2, "allow it to be replaced (overwrite=True, --overwrite)"),
         ("IN OUT --model nosuchmodel", 3, "no model has this name"),
         ("IN OUT --model MODEL --top-p 2", 2, "--top-p: must be a number"),
         ("IN OUT --model MODEL --dtype int3", 2, "--dtype: must be one of"),

@@ -24,9 +24,9 @@ ASKED: dict[str, Any] = {"to": "int8", "max_shard_bytes": 30_000, "overwrite": T
 
 
 def digest(folder: Path, *, journal: bool = True) -> str:
-    """Of all names and bytes in a folder, or of all but the journal."""
+    """Of the names and bytes of all files in a folder, or of all but the journal."""
     found = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if journal or p.name != ".journal"):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and (journal or p.name != ".journal")):
         found.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return found.hexdigest()
 
