@@ -14,6 +14,7 @@ import pytest
 from slipstream import LLM, AsyncLLM, RequestError, SamplingParams
 from slipstream.request import RequestOutput
 from tests.cli.tiny import write_chat_model
+from tests.engine import tiny
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
 LONG = GREEDY.replace(max_new_tokens=150)
@@ -30,10 +31,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 def llm(shared: LLM) -> Iterator[LLM]:
     """Every test leaves the engine idle, no page held and no thread behind."""
     yield shared
-    scheduler = shared.engine.scheduler
-    assert not scheduler.busy and not shared.engine._answers
-    scheduler.pages.check()
-    assert all(p.num_free == p.num_pages for p in scheduler.pages.pools)
+    tiny.check_idle(shared)
     assert not [t for t in threading.enumerate() if t.name == "slipstream-engine"]
 
 

@@ -27,10 +27,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 def llm(shared: LLM) -> Iterator[LLM]:
     """Every test leaves the engine idle, and no page held."""
     yield shared
-    scheduler = shared.engine.scheduler
-    assert not scheduler.busy and not shared.engine._answers
-    scheduler.pages.check()
-    assert all(p.num_free == p.num_pages for p in scheduler.pages.pools)
+    tiny.check_idle(shared)
 
 
 def lengths(count: int) -> list[SamplingParams]:

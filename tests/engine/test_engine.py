@@ -14,6 +14,7 @@ import torch
 from slipstream import LLM, SamplingParams
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import Request
+from tests.engine import tiny
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40, ignore_eos=True)
 
@@ -27,18 +28,11 @@ def shared(hybrid: Path) -> LLM:
 def llm(shared: LLM) -> Any:
     """Every test leaves the engine as it found it: idle, and all pages free."""
     yield shared
-    clean(shared)
+    tiny.check_idle(shared)
 
 
 def load(folder: Path, **options: Any) -> LLM:
     return LLM(folder, **{"kv_cache_memory_bytes": 1 << 20, "max_model_len": 200, "page_size": 4, **options})
-
-
-def clean(llm: LLM) -> None:
-    scheduler = llm.engine.scheduler
-    assert not scheduler.busy and not llm.engine._answers
-    scheduler.pages.check()
-    assert all(p.num_free == p.num_pages for p in scheduler.pages.pools)
 
 
 # Where an answer ends.
@@ -206,7 +200,7 @@ def test_cancel_at_random_moments_gives_all_pages_back(hybrid: Path) -> None:
             s.cancel()
             assert s.output.outputs[0] is c and c.finish_reason in ("length", "abort")
         assert kept.result().outputs[0].token_ids == alone.outputs[0].token_ids
-        clean(llm)
+        tiny.check_idle(llm)
     assert llm.engine.scheduler.counters.finished["abort"] > 10
     assert llm.engine.scheduler.counters.preemptions > 0
 
@@ -247,7 +241,7 @@ def test_what_can_never_fit_is_refused_at_once(hybrid: Path) -> None:
         with pytest.raises(error) as caught:
             llm.generate(prompts, params)
         assert all(n in str(caught.value) for n in numbers), caught.value
-        clean(llm)
+        tiny.check_idle(llm)
     assert llm.engine.scheduler.counters.steps == steps, "nothing of the list was run"
 
 
@@ -257,7 +251,7 @@ def test_a_request_larger_than_the_whole_cache(hybrid: Path) -> None:
     llm.engine.scheduler.pages = type(llm.engine.scheduler.pages)(llm.plan.groups, (5, 5), 4)
     with pytest.raises(CapacityError, match=r"up to 48 tokens needs 12 pages of 4 .* 5 in all"):
         llm.generate([[5] * 8], GREEDY)
-    clean(llm)
+    tiny.check_idle(llm)
     assert llm.generate([[5] * 8], GREEDY.replace(max_new_tokens=2))[0].outputs[0].finish_reason == "length"
 
 
@@ -289,7 +283,7 @@ def test_nan_in_one_request_ends_it_alone(hybrid: Path) -> None:
             (c,) = stream.result().outputs
             assert (c.finish_reason, c.text, c.token_ids) == ("error", "", [])
             assert c.error is not None and "not finite" in c.error
-    clean(llm)
+    tiny.check_idle(llm)
 
 
 def test_a_token_that_leads_to_nan_keeps_the_text_before_it(hybrid: Path) -> None:
@@ -299,7 +293,7 @@ def test_a_token_that_leads_to_nan_keeps_the_text_before_it(hybrid: Path) -> Non
         llm.engine.runner.model.embed.held.data[bad] = float("nan")  # type: ignore[union-attr]
     (c,) = llm.generate("the", GREEDY.replace(logit_bias={bad: 1e9})).outputs
     assert (c.text, c.token_ids, c.finish_reason) == ("~", [bad], "error")
-    clean(llm)
+    tiny.check_idle(llm)
 
 
 @pytest.mark.parametrize(("what", "reason"), [(KeyboardInterrupt, "abort"), (MemoryError, "error")])
@@ -329,7 +323,7 @@ def test_what_raises_in_a_pass_ends_those_in_it(
         assert c.finish_reason == reason and len(c.token_ids) == 6 and c.text == llm.tokenizer.decode(c.token_ids)
         assert c.error == (None if reason == "abort" else "MemoryError: enough")
     assert waits.result().text == want[1], "who was not in the pass goes on"
-    clean(llm)
+    tiny.check_idle(llm)
     assert llm.generate("the", GREEDY).text == want[0]
 
 
@@ -344,7 +338,7 @@ def test_generate_takes_all_of_its_requests_down_with_it(hybrid: Path, monkeypat
         patch.setattr(llm.engine.runner.model, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["the"] * 5, GREEDY)
-    clean(llm)
+    tiny.check_idle(llm)
     assert other.output.outputs[0].finish_reason == "abort"
 
 
@@ -387,6 +381,6 @@ def test_an_interrupt_at_any_line_leaves_the_engine_usable(hybrid: Path) -> None
             (c,) = s.output.outputs
             assert c.finish_reason in ("length", "abort")
             assert (c.finish_reason == "length") == (len(c.token_ids) == 30)
-        clean(llm)
+        tiny.check_idle(llm)
         assert llm.generate("the tide", GREEDY.replace(max_new_tokens=6)).text == want
     assert hits > 40

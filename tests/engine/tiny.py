@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from slipstream import LLM
+
 BASE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
@@ -70,3 +72,11 @@ def shapes(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
             (f"{at}post_attention_layernorm.weight", (hidden,)),
         ]
     return found
+
+
+def check_idle(llm: LLM) -> None:
+    """Nothing runs or waits, and no page is held."""
+    scheduler = llm.engine.scheduler
+    assert not scheduler.busy and not llm.engine._answers
+    scheduler.pages.check()
+    assert all(p.num_free == p.num_pages for p in scheduler.pages.pools)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slipstream.cli.options import AsJson, EngineOptions, SamplingOptions, flat
-from slipstream.cli.show import Bar, note, print_json, write
+from slipstream.cli.options import AnswerOptions, AsJson, EngineOptions, flat
+from slipstream.cli.show import Bar, note, plain, print_json, write
 from slipstream.errors import RequestError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def batch(
             metavar="OUT", help="The file to make: an answer a line, in the order of IN.", show_default=False
         ),
     ],
-    sampling: SamplingOptions,
+    sampling: AnswerOptions,
     engine: EngineOptions,
     model: Annotated[
         str | None,
@@ -42,18 +42,6 @@ def batch(
             help="The model that answers, whatever name the lines have for it. Default: the one that they name.",
             show_default=False,
         ),
-    ] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Independent answers. Default: 1.", show_default=False)] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            help="Report each token's log-probability and the K likeliest alternatives (0: none).",
-            show_default=False,
-        ),
-    ] = None,
-    prompt_logprobs: Annotated[
-        int | None, typer.Option(metavar="K", help="The same for the tokens of the prompt.", show_default=False)
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, and begin anew if IN or the settings have changed.")
@@ -65,11 +53,7 @@ def batch(
     Sampling options hold where a line says nothing. OUT appears whole, at the end; what is wrong with a line is written
     as its answer. After an interruption, the same command goes on where it stopped.
     """
-    from slipstream.request import SamplingParams
-
-    more = {"n": n, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-    changes = sampling.changes() | {name: value for name, value in more.items() if value is not None}
-    SamplingParams(**changes)
+    changes = sampling.changes()
     engine.changes()
     from slipstream.jobs.lines import read_input
     from slipstream.jobs.run import check_out, run_batch
@@ -91,14 +75,9 @@ def batch(
         note(f"\nstopped; all finished answers are kept. Run the same command again to go on and make {out_file}")
         raise
     if as_json:
-        print_json({"model": name, **vars_of(report)})
+        print_json({"model": name, **plain(report)})
     else:
         write(summary(report) + "\n")
-
-
-def vars_of(report: JobReport) -> dict[str, object]:
-    """The report as plain values."""
-    return {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
 
 
 def summary(r: JobReport) -> str:

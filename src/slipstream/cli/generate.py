@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slipstream.cli.options import AsJson, EngineOptions, Model, ReasoningEffort, SamplingOptions, System, flat
+from slipstream.cli.options import AnswerOptions, AsJson, EngineOptions, Model, ReasoningEffort, System, flat
 from slipstream.cli.show import Table, note, plain, print_json, print_tables, write
 from slipstream.cli.stream import print_stream
 from slipstream.errors import RequestError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @flat
 def generate(
     model: Model,
-    sampling: SamplingOptions,
+    sampling: AnswerOptions,
     engine: EngineOptions,
     prompt: Annotated[
         str | None,
@@ -42,18 +42,6 @@ def generate(
     ] = False,
     system: System = None,
     reasoning_effort: ReasoningEffort = None,
-    n: Annotated[int | None, typer.Option("--n", help="Independent answers. Default: 1.", show_default=False)] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            help="Report each token's log-probability and the K likeliest alternatives (0: none).",
-            show_default=False,
-        ),
-    ] = None,
-    prompt_logprobs: Annotated[
-        int | None, typer.Option(metavar="K", help="The same for the tokens of the prompt.", show_default=False)
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, or answer a question with --chat.
@@ -64,11 +52,7 @@ def generate(
     for name, value in (("system", system), ("reasoning_effort", reasoning_effort)):
         if value is not None and not chat:
             raise RequestError(f"{name}: is part of a chat; add --chat or leave it out", field=name)
-    from slipstream.request import SamplingParams
-
-    more = {"n": n, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-    changes = sampling.changes() | {name: value for name, value in more.items() if value is not None}
-    SamplingParams(**changes)
+    changes = sampling.changes()
     text = read_prompt(prompt, file)
 
     from slipstream.cli.load import load_llm, summary, usage

@@ -156,6 +156,24 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerOptions(SamplingOptions):
+    """Those and what a conversation on a terminal has no place for."""
+
+    n: Annotated[int | None, typer.Option("--n", help="Independent answers. Default: 1.", show_default=False)] = None
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Report each token's log-probability and the K likeliest alternatives (0: none).",
+            show_default=False,
+        ),
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(metavar="K", help="The same for the tokens of the prompt.", show_default=False)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """The fields of EngineConfig; None is "not given"."""
 
@@ -219,9 +237,8 @@ class EngineOptions:
 def option_name(field: str) -> str | None:
     """--max-new-tokens for max_new_tokens, if a command has such an option."""
     field = {"stop_token_ids": "stop_token_id", "max_shard_bytes": "max_shard_size"}.get(field, field)
-    names = {f.name for kind in (SamplingOptions, EngineOptions) for f in fields(kind)}
-    names |= {"n", "logprobs", "prompt_logprobs", "reasoning_effort"}
-    names |= {"to", "modules", "skip", "group_size", "max_shard_size", "text"}  # of quantize
+    names = {f.name for kind in (AnswerOptions, EngineOptions) for f in fields(kind)}
+    names |= {"reasoning_effort", "to", "modules", "skip", "group_size", "max_shard_size", "text"}
     return f"--{field.replace('_', '-')}" if field in names else None
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from slipstream.cli.options import AsJson, Model, parse_size
-from slipstream.cli.show import Bar, Table, note, number, print_json, print_tables, size
+from slipstream.cli.show import Bar, Table, note, number, plain, print_json, print_tables, size
 from slipstream.errors import RequestError, SlipstreamError
 
 if TYPE_CHECKING:
@@ -79,14 +79,9 @@ def quantize(
             measured[when] = _perplexity(name, written)
             gc.collect()  # a model is part of a cycle, and the next one is to find its memory free
     if as_json:
-        print_json({"model": model, **vars_of(report), "perplexity": measured or None})
+        print_json({"model": model, **plain(report), "perplexity": measured or None})
     else:
         print_tables(_tables(model, report, measured))
-
-
-def vars_of(report: Report) -> dict[str, Any]:
-    """The report as plain values."""
-    return {name: getattr(report, name) for name in report.__dataclass_fields__}
 
 
 def _read(path: Path) -> str:

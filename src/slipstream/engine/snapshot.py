@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from slipstream.request import FinishReason
 from slipstream.scheduler import Scheduler
 
 SECONDS = 5.0  # tokens a second are of this long
 _APART = 0.1  # seconds between two readings that are kept
-REASONS = ("stop", "length", "abort", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def take_snapshot(scheduler: Scheduler, rate: Rate, now: float, started: float) 
     return Snapshot(
         waiting=len(scheduler.waiting),
         running=len(scheduler.running),
-        finished={**dict.fromkeys(REASONS, 0), **counters.finished},
+        finished={**dict.fromkeys(get_args(FinishReason), 0), **counters.finished},
         steps=counters.steps,
         preemptions=counters.preemptions,
         prompt_tokens=counters.prompt_tokens,

@@ -19,7 +19,7 @@ from slipstream.errors import ConfigError, SlipstreamError
 from slipstream.jobs.answers import answer, failure
 from slipstream.jobs.journal import NAME, Journal
 from slipstream.jobs.lines import Input, Line, parse_line, raw_lines, read_input, read_task
-from slipstream.quantization.folder import disk_errors, workplace
+from slipstream.quantization.folder import check_parent, disk_errors, hidden_beside, workplace
 from slipstream.request import RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -108,16 +108,12 @@ def check_out(in_path: Path, out_path: str | Path, *, overwrite: bool) -> Path:
     """
     out = Path(out_path).absolute()
     out = out.parent.resolve() / out.name
-    if not out.parent.is_dir():
-        raise ConfigError(f"out: there is no folder {out.parent} to put {out.name} into; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"out: not allowed to write in {out.parent}; name another folder")
+    check_parent(out)
     if out.exists() and in_path.exists() and os.path.samefile(out, in_path):
         raise ConfigError(f"out: {out} is the input; name another file")
     if out.is_symlink() or (out.exists() and not out.is_file()):
         raise ConfigError(f"out: {out} is not a plain file; name another one")
-    hidden = out.with_name(f".{out.name}.partial")
-    if out.exists() and not overwrite and not (hidden / NAME).exists():
+    if out.exists() and not overwrite and not (hidden_beside(out) / NAME).exists():
         raise ConfigError(_exists(out))
     return out
 

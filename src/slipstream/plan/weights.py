@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
@@ -28,7 +28,7 @@ class _Holder:
     """Answers `dry_run` which format a matrix is held in, and notes what cannot run."""
 
     asked: str
-    takes: Callable[[TensorInfo], bool]
+    covered: Container[str]  # the tensors that become what was asked for
     tied: bool
     ops: Ops
     device: str
@@ -37,7 +37,7 @@ class _Holder:
     def __call__(self, to: str, source: TensorInfo, shape: tuple[int, ...]) -> str:
         if self.asked == "dequantize":
             return "dense"
-        format = self.asked if self.asked in MADE and self.takes(source) else source.format
+        format = self.asked if source.name in self.covered else source.format
         if format == "dense" or (to == "head.weight" and self.tied):
             return format
         embedding = to == "embed.weight"
@@ -82,7 +82,7 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
         packed = ", ".join(sorted({t.format for t in checkpoint.tensors.values() if t.parts}))
         why_not = f": its weights are {packed} already, and what is packed stays so" if packed else ""
         raise ConfigError(f"quantization: no weight in {checkpoint.path} can become {made} while loading{why_not}")
-    hold = _Holder(asked.quantization, takes, config.tie_word_embeddings, ops, device)
+    hold = _Holder(asked.quantization, covered, config.tie_word_embeddings, ops, device)
     loads = dry_run(
         model, home.WEIGHTS, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,
         tied=config.tie_word_embeddings, hold=hold, rename=rename,

@@ -34,10 +34,7 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
     """
     if out in (source, *source.parents) or source in out.parents:
         raise ConfigError(f"out: {out} and the model {source} must not contain each other; name another folder")
-    if not out.parent.is_dir():
-        raise ConfigError(f"out: there is no folder {out.parent} to put {out.name} into; make it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"out: not allowed to write in {out.parent}; name another folder")
+    check_parent(out)
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -49,6 +46,19 @@ def check_target(out: Path, source: Path, *, overwrite: bool) -> None:
     inside = list(out.iterdir())
     if inside and (not (out / "config.json").is_file() or any(p.is_dir() for p in inside)):
         raise ConfigError(f"out: {out} holds more than a model, or none, so it is not replaced; name another folder")
+
+
+def check_parent(out: Path) -> None:
+    """Raises ConfigError if there is no folder to put `out` into, or it cannot be written."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"out: there is no folder {out.parent} to put {out.name} into; make it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"out: not allowed to write in {out.parent}; name another folder")
+
+
+def hidden_beside(out: Path) -> Path:
+    """Where `out` is made."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -68,7 +78,7 @@ def workplace(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: another process writes the same folder.
     """
-    hidden = out.with_name(f".{out.name}.partial")
+    hidden = hidden_beside(out)
     while True:
         hidden.mkdir(exist_ok=True)
         handle = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from slipstream.checkpoint.save import sync_folder
 from slipstream.errors import CheckpointError
 
 # (what is being done, bytes done, bytes in all or None)
@@ -61,11 +62,7 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> str:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
     return digest.hexdigest()
 
 

@@ -69,13 +69,19 @@ def dequantize_rows(rows: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.
 def mxfp4_from_gguf(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, bytes_per_row) uint8 of MXFP4 -> data (rows, in / 32, 16) and scales (rows, in / 32) as `ops.formats` has them.
 
-    GGUF's block is the scale, then 16 bytes: elements 0 to 15 in their low halves, 16 to 31 in their high halves.
+    GGUF's block is the scale, then 16 bytes of codes.
     """
+    blocks = rows.reshape(rows.shape[0], -1, BLOCKS["MXFP4"][2])
+    return in_order(blocks[..., 1:]), blocks[..., 0].contiguous()
+
+
+def in_order(codes: torch.Tensor) -> torch.Tensor:
+    """(..., 16) bytes that hold elements 0 to 15 in their low halves and 16 to 31 in their high halves, the way of GGUF's
+    blocks of 32 -> two neighbours in each byte, the first in its low half."""
     import torch
 
-    blocks = rows.reshape(rows.shape[0], -1, BLOCKS["MXFP4"][2])
-    even, odd = blocks[..., 1::2], blocks[..., 2::2]
-    return torch.cat((even & 15 | odd << 4, even >> 4 | odd & 240), -1), blocks[..., 0].contiguous()
+    even, odd = codes[..., ::2], codes[..., 1::2]
+    return torch.cat((even & 15 | odd << 4, even >> 4 | odd & 0xF0), -1)
 
 
 def _q8_0(blocks: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
+from slipstream.ops.linear.slices import in_slices
 from slipstream.ops.native import build
 
 KINDS = {"mxfp4": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}  # the numbers in formats.h
@@ -44,19 +45,16 @@ class Blocks:
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         data, scales, (kind, width) = packed[0], packed[1], packed[2].tolist()
         tokens, rows = x.shape[0], data.shape[0]
-        out = x.new_empty(tokens, rows)
         if tokens <= FEW:
+            out = x.new_empty(tokens, rows)
             x = x.contiguous()
             scratch = x.new_empty(tokens * (width + width // 32) * 4 // x.itemsize)  # room for as many float32
             pointers = [t.data_ptr() for t in (data, scales, x, out, scratch)]
             self._linear(kind, *pointers, tokens, rows, width, x.dtype == torch.bfloat16, self._threads)
         else:
-            step = max(1, SLICE // width)
-            if step >= rows:
+            if rows * width <= SLICE:
                 return F.linear(x, self._numbers(data, scales, kind, width, x.dtype), bias)
-            for at in range(0, rows, step):
-                part = self._numbers(data[at : at + step], scales[at : at + step], kind, width, x.dtype)
-                out[:, at : at + step] = F.linear(x, part)
+            out = in_slices(x, rows, lambda p: self._numbers(data[p], scales[p], kind, width, x.dtype), SLICE)
         return out if bias is None else out.add_(bias)
 
     def _numbers(self, data: Tensor, scales: Tensor, kind: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from slipstream.ops.formats import Weight
+from slipstream.ops.formats.integers import unpack
 
 
 class Int4:
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         out, width = weight.shape
         if weight.scales is not None:
-            codes = torch.stack((weight.data & 15, weight.data >> 4), -1).view(out, width)
-            return _pack(codes, weight.scales, torch.zeros_like(weight.scales), dtype)
+            return _pack(unpack(weight.data), weight.scales, torch.zeros_like(weight.scales), dtype)
         blocks = weight.data.view(out, width // 32, -1)
         if weight.format == "Q8_0":
             scale, codes = _half(blocks, 0), blocks[..., 2:].reshape(out, width).view(torch.int8)

@@ -9,10 +9,10 @@ of slices: 1 token 110 and 453, 8 tokens 422 and 566, 16 tokens 758 and 610, 32 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.ops.formats import Weight
+from slipstream.ops.linear.slices import in_slices
 
 FEW = 12  # tokens up to which the operator is used
 SLICE = 1 << 20  # numbers unpacked at a time
@@ -26,13 +26,8 @@ class Int8:
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         codes, scales = packed
-        rows, width = codes.shape
         if x.shape[0] <= FEW:
             out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, scales)
         else:
-            out = torch.empty(x.shape[0], rows, dtype=x.dtype)
-            step = max(1, SLICE // width)
-            for at in range(0, rows, step):
-                out[:, at : at + step] = F.linear(x, codes[at : at + step].to(x.dtype))
-            out *= scales
+            out = in_slices(x, len(codes), lambda part: codes[part].to(x.dtype), SLICE).mul_(scales)
         return out if bias is None else out.add_(bias)

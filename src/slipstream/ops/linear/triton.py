@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.ops.formats import Weight
-from slipstream.ops.formats.blocks import BLOCKS
+from slipstream.ops.formats.blocks import BLOCKS, in_order
 
 FEW = 2  # tokens up to which rows are multiplied one by one
 # Loads one step ahead and no more: from 3 on, Triton 3.6 lets a step's product run on while the registers or the shared
@@ -42,9 +42,8 @@ class Triton:
         codes = blocks[..., 2 * heads :]
         if weight.format == "Q8_0":
             data = codes.contiguous().view(torch.int8).view(*outer, width)
-        else:  # the low halves of the bytes are elements 0 to 15, the high halves 16 to 31
-            even, odd = codes[..., ::2], codes[..., 1::2]
-            data = torch.cat((even & 15 | (odd & 15) << 4, even >> 4 | odd & 0xF0), -1).view(*outer, width // 2)
+        else:
+            data = in_order(codes).view(*outer, width // 2)
         halves = blocks[..., : 2 * heads].contiguous().view(torch.float16)
         return data, *(halves[..., i].contiguous() for i in range(heads))
 

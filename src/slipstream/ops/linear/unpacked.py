@@ -6,10 +6,10 @@ Never more than a slice is held as numbers. Slow for few tokens, as every call d
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.ops.formats import Weight, decode
+from slipstream.ops.linear.slices import in_slices
 
 SLICE = 1 << 20  # numbers decoded at a time
 
@@ -25,11 +25,10 @@ class Unpacked:
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         data, scales = packed
         format = "int8" if data.dtype == torch.int8 else "mxfp4" if scales.dtype == torch.uint8 else "int4"
-        rows, width = data.shape[0], x.shape[1]
-        out = torch.empty(x.shape[0], rows, dtype=x.dtype)
-        step = max(1, SLICE // width)
-        for at in range(0, rows, step):
-            part = data[at : at + step]
-            weight = Weight(format, part, (part.shape[0], width), scales[at : at + step])
-            out[:, at : at + step] = F.linear(x, decode(weight, x.dtype))
+
+        def numbers(part: slice) -> Tensor:
+            rows = data[part]
+            return decode(Weight(format, rows, (len(rows), x.shape[1]), scales[part]), x.dtype)
+
+        out = in_slices(x, len(data), numbers, SLICE)
         return out if bias is None else out.add_(bias)
