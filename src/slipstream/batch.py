@@ -61,6 +61,16 @@ class GroupBatch:
             real[i, : len(slots)] = True
         return index.to(self.slots.device), real.to(self.slots.device)
 
+    @cached_property
+    def page_table(self) -> tuple[Tensor, Tensor]:
+        """For kernels that find the pages themselves: pages (sequences, most pages of one) int32, filled up with 0, and the
+        logical page that each row begins with, (sequences,) int32."""
+        pages = torch.zeros(len(self.tables), max(len(t.pages) for t in self.tables), dtype=torch.int32)
+        for row, table in zip(pages, self.tables, strict=True):
+            row[: len(table.pages)] = torch.tensor(table.pages, dtype=torch.int32)
+        first = torch.tensor([t.first for t in self.tables], dtype=torch.int32)
+        return pages.to(self.slots.device), first.to(self.slots.device)
+
     def mask(self, sequence: int, start: int, end: int, dtype: torch.dtype = torch.bool) -> Tensor:
         """(queries, keys): which of the context's keys each query at positions start..end-1 may see; as a float dtype,
         0 or -inf to add to its scores."""
@@ -101,6 +111,12 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return self.query_starts[-1]
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """`query_starts` (sequences + 1,) and `starts` (sequences,) on the device, int32."""
+        found = (torch.tensor(v, dtype=torch.int32, device=self.token_ids.device) for v in (self.query_starts, self.starts))
+        return next(found), next(found)
 
     @cached_property
     def decode_only(self) -> bool:

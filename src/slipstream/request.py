@@ -28,6 +28,8 @@ _ALIASES = {
     "top_logprobs": "logprobs",
     "echo": "prompt_logprobs",
     "do_sample": "temperature",
+    "max_time": "deadline",
+    "timeout": "deadline",
 }
 
 
@@ -45,7 +47,7 @@ def _show(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen.
+    """How one request is to be answered.
 
     The order in which logits are changed is: logit_bias, repetition / presence / frequency penalty,
     min_new_tokens, temperature, top_k, top_p, min_p, typical_p; then one draw (or the argmax at temperature 0).
@@ -72,6 +74,11 @@ class SamplingParams:
         logprobs: None, or how many alternatives to report beside each chosen token (0: only the chosen one).
         prompt_logprobs: the same for the tokens of the prompt.
         skip_special_tokens: leave special tokens out of the text.
+        deadline: seconds from its arrival; an answer that is not done by then ends in `abort` with stop_reason "deadline"
+            and keeps the text it has.
+        priority: lower goes first; among equals first come, first served. Who runs is not thrown out for it, and
+            every now and then who came first is let in all the same, so nobody waits for ever.
+        cache_salt: what is in the cache is shared only between requests of the same salt.
 
     Raises:
         RequestError: a value is out of range, or two contradict each other; `.field` names the parameter.
@@ -97,6 +104,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    deadline: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Turn an unknown name into an error that names it, before the dataclass would raise a TypeError."""
@@ -146,6 +156,11 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._int(name, 0, 100)
+        if self.deadline is not None:
+            self._number("deadline", 0.0, 1e9, open_low=True)
+        self._int("priority", -(2**31), 2**31)
+        if not isinstance(self.cache_salt, str):
+            raise _fail("cache_salt", f"must be a text, got {_show(self.cache_salt)}")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise _fail(name, f"must be true or false, got {_show(getattr(self, name))}")
@@ -216,7 +231,6 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     prompt: str | None = None
-    cache_salt: str = ""  # what is in the cache is shared only between requests of the same salt
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,17 +118,12 @@ class Scheduler:
                 )
         return length
 
-    def add(self, prompt: tuple[int, ...], params: SamplingParams, *, seed: int, eos: tuple[int, ...],
-            salt: str = "") -> Sequence:  # fmt: skip
-        """Queue one answer. Raises as `max_length` does, before anything is kept.
-
-        Args:
-            salt: pages are shared only between answers of the same salt.
-        """
+    def add(self, prompt: tuple[int, ...], params: SamplingParams, *, seed: int, eos: tuple[int, ...]) -> Sequence:
+        """Queue one answer. Raises as `max_length` does, before anything is kept."""
         length = self.max_length(len(prompt), params)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
         self._ids += 1
-        chain = Chain(self.pages.page_size, salt) if self.enable_prefix_caching else None
+        chain = Chain(self.pages.page_size, params.cache_salt) if self.enable_prefix_caching else None
         seq = Sequence(self._ids, params, len(prompt), list(prompt), seed, ends, length, chain)
         self.waiting.append(seq)
         return seq

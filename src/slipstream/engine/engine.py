@@ -151,9 +151,7 @@ class Engine:
             seed = (base + completion.index) % 2**64
             if completion.index == 1 and params.prompt_logprobs is not None:
                 params = params.replace(prompt_logprobs=None)  # the first answer scores the prompt for all
-            sequence = self.scheduler.add(
-                request.prompt_token_ids, params, seed=seed, eos=self.eos_token_ids, salt=request.cache_salt
-            )
+            sequence = self.scheduler.add(request.prompt_token_ids, params, seed=seed, eos=self.eos_token_ids)
             detokenizer = Detokenizer(self.tokenizer, params.skip_special_tokens, continues=True)
             stops = StopStrings(params.stop, params.include_stop_str_in_output)
             answer = _Answer(sequence, stream, completion, detokenizer, stops)
