@@ -20,7 +20,7 @@ SRC = ROOT / "src" / "slipstream"
 ORDER = (
     "errors", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint",
     "tokenizer_gguf", "tokenizer", "sandbox", "chat", "harmony", "sources", "quantization",
-    "layers", "models", "scheduler", "hardware", "plan", "engine",
+    "layers", "models", "waiting", "scheduler", "hardware", "plan", "engine",
     "conversation", "llm_batch", "llm", "async_llm", "evaluation", "jobs",
 )  # fmt: skip
 # The fronts stand below all of these. `cli` may import the others; they do not import each other.

@@ -1,7 +1,8 @@
 """Random traces against scheduler and pages, with a fake model that reads what it is told to from a fake cache.
 
-After every step: no page lost or owned twice, every table covers exactly what is seen, the budget is kept, the oldest
-request moves on, and what the fake cache holds at each visible position is that request's own token.
+After every step: no page lost or owned twice, every table covers exactly what is seen, the budget is kept, whoever was let
+in first moves on, and what the fake cache holds at each visible position is that request's own token. At the end: each
+request has ended as it would have alone, within the steps that were promised when it came.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from slipstream.config import ModelConfig
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import SamplingParams, Step
 from slipstream.scheduler import SCORED_TOKENS, Scheduler, Sequence
+from slipstream.waiting import TURNS
 
 EOS = 1
 
@@ -112,11 +114,15 @@ class Model:
 
 def check_queues(s: Scheduler) -> None:
     s.pages.check()
-    ids = [q.id for q in (*s.running, *s.waiting)]
-    assert ids == sorted(ids), "first come, first served: whoever runs came before whoever waits"
+    places = [q.place for q in (*s.running, *s.waiting)]
+    assert places == sorted(places), "whoever was let in stays before whoever was not, and before whoever came later"
+    if s.policy == "fcfs":
+        ids = [q.id for q in (*s.running, *s.waiting)]
+        assert ids == sorted(ids), "first come, first served: whoever runs came before whoever waits"
     assert all(q.finish_reason is None for q in (*s.running, *s.waiting))
     assert all(s.pages.held(q.id) == () for q in s.waiting), "who waits holds nothing"
-    assert set(s.pages._tables) <= {q.id for q in s.running}
+    assert set(s.pages._tables) == {q.id for q in s.running if q.begun and s.pages.held(q.id)}
+    assert {q.id for q in s._making.values()} <= {q.id for q in s.running if q.begun}, "who computes a page runs"
 
 
 def trace(seed: int, *, longest: int = 40) -> Counter[str]:
@@ -128,9 +134,11 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
     pages = Pages(groups, [n + rng.choice([0, 1, n, 9 * n]) for n in least], size)
     s = Scheduler(
         pages, max_num_seqs=rng.choice([1, 2, 5, 50]), max_num_batched_tokens=budget, max_model_len=max_len,
-        enable_prefix_caching=rng.random() < 0.8,
+        enable_prefix_caching=rng.random() < 0.8, policy=rng.choice(["fcfs", "fcfs", "priority"]),
     )  # fmt: skip
     model = Model(s)
+    promised: dict[int, int] = {}
+    ended_at: dict[int, int] = {}
     beginnings = [[rng.randint(2, 900) for _ in range(max_len)] for _ in range(2)]
     sequences: dict[int, Sequence] = {}
     cancelled: set[int] = set()
@@ -149,18 +157,23 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
             new = rng.choice([None, rng.randint(1, max_len - length)])
             least_new = rng.randint(0, new or 3)
             params = SamplingParams(
-                max_new_tokens=new, min_new_tokens=least_new, ignore_eos=rng.random() < 0.3, stop_token_ids=(2,)
-            )
+                max_new_tokens=new, min_new_tokens=least_new, ignore_eos=rng.random() < 0.3, stop_token_ids=(2,),
+                priority=rng.randint(-2, 2) if s.policy == "priority" else 0, cache_salt=rng.choice(["", "", "other"]),
+                prompt_logprobs=rng.choice([None, None, None, 0]),
+            )  # fmt: skip
             same = rng.randint(0, length)
             known = rng.choice([*beginnings, *(q.tokens for q in sequences.values())])  # also an answer, gone on with
             prompt = tuple([*known[:same], *(rng.randint(2, 900) for _ in range(length))][:length])
-            salt = rng.choice(["", "", "other"])
-            seq = s.add(prompt, params, seed=rng.getrandbits(32), eos=(EOS,), salt=salt)
-            sequences[seq.id], model.salts[seq.id] = seq, salt
+            for _ in range(rng.choice([1, 1, 1, 4])):  # as n = 4 does
+                seq = s.add(prompt, params, seed=rng.getrandbits(32), eos=(EOS,))
+                sequences[seq.id], model.salts[seq.id] = seq, params.cache_salt
+                promised[seq.id] = s.counters.steps + s.bound(seq)
         if rng.random() < 0.02 and sequences:
             cancel()
             check_queues(s)
-        oldest = min((q.id for q in (*s.running, *s.waiting)), default=None)
+        oldest = min((q for q in (*s.running, *s.waiting)), key=lambda q: q.place, default=None)
+        if oldest is not None and not oldest.rank:
+            oldest = s.waiting.first()
         step = s.next()
         check_queues(s)
         if step is None:
@@ -168,13 +181,16 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
             if not arrivals:
                 break
             continue
-        assert oldest in {c.sequence for c in step.chunks}, "the oldest request must move on"
+        assert oldest is not None and oldest.id in {c.sequence for c in step.chunks}, "the first must move on"
         tokens = model.run(step, sequences)
         if rng.random() < 0.02:
             cancel()  # while the step runs
         got = s.commit(step, tokens)
         assert {q.id: t for q, t in got} == {i: t for i, t in tokens.items() if i not in cancelled}
         check_queues(s)
+        for seq in sequences.values():
+            if seq.finish_reason is not None:
+                ended_at.setdefault(seq.id, s.counters.steps)
     else:
         raise AssertionError("the trace does not end")
     assert all(p.num_free == p.num_pages for p in pages.pools), "every page has come back"
@@ -182,6 +198,7 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
     for seq in sequences.values():
         assert seq.finish_reason is not None
         ended[seq.finish_reason] += 1
+        assert ended_at.get(seq.id, 0) <= promised[seq.id], "within its bound"
         want, reason, stop = alone(seq)
         if seq.id in cancelled:
             assert seq.finish_reason == "abort" and seq.tokens == want[: len(seq.tokens)]
@@ -209,7 +226,7 @@ def test_random_traces() -> None:
 
 @pytest.mark.slow
 def test_many_random_traces() -> None:
-    for seed in range(10_000, 40_000):
+    for seed in range(10_000, 20_000):
         try:
             trace(seed, longest=40 if seed % 10 else 300)
         except AssertionError as e:
@@ -290,11 +307,22 @@ def test_a_lost_token_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_younger_request_going_first_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def back(self: Scheduler, seq: Sequence) -> None:
-        self.pages.free(seq.id)
-        seq.computed = 0
-        self.waiting.append(seq)
+        self._release(seq)
+        seq.rank = 0
+        self.waiting.add(seq)
 
     monkeypatch.setattr(Scheduler, "_preempt", back)
+    traces_fail()
+
+
+def test_a_page_that_stays_under_way_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "_made", lambda self, seq, names: None)
+    traces_fail()
+
+
+def test_a_promise_that_is_too_short_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = Scheduler.bound
+    monkeypatch.setattr(Scheduler, "bound", lambda self, seq: bound(self, seq) // 2)
     traces_fail()
 
 
@@ -302,11 +330,13 @@ def test_a_younger_request_going_first_is_caught(monkeypatch: pytest.MonkeyPatch
 
 
 def scheduler(
-    *windows: int | None, num_pages: int = 64, size: int = 4, caching: bool = False, **limits: int
+    *windows: int | None, num_pages: int = 64, size: int = 4, caching: bool = False, policy: str = "fcfs", **limits: int
 ) -> Scheduler:
     groups = groups_of(*(windows or (None,)))
     kept = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 64} | limits
-    return Scheduler(Pages(groups, [num_pages] * len(groups), size), enable_prefix_caching=caching, **kept)
+    return Scheduler(
+        Pages(groups, [num_pages] * len(groups), size), enable_prefix_caching=caching, policy=policy, **kept
+    )
 
 
 def add(s: Scheduler, length: int, **params: object) -> Sequence:
@@ -564,7 +594,100 @@ def test_scored_tokens_are_bounded_in_a_step_and_all_come_in_the_end() -> None:
     assert done == 600 + 300 + 20 + 50
 
 
+# Who is next.
+
+
+def numbers(s: Scheduler, *priorities: int) -> list[Sequence]:
+    params = [SamplingParams(max_new_tokens=2, priority=p) for p in priorities]
+    return [s.add((5, 6, 7), p, seed=0, eos=()) for p in params]
+
+
+def order(s: Scheduler) -> list[int]:
+    found: list[int] = []
+    while (step := tick(s)) is not None:
+        found += [c.sequence for c in step.chunks if c.sequence not in found]
+    return found
+
+
+def test_the_lower_priority_goes_first_and_equals_as_they_came() -> None:
+    s = scheduler(max_num_seqs=1, policy="priority")
+    numbers(s, 0, 5, -1, 0, -1)
+    assert order(s) == [3, 5, 1, 4, 2]
+
+
+def test_priorities_that_are_off_are_refused() -> None:
+    s = scheduler()
+    with pytest.raises(RequestError, match="scheduling_policy"):
+        numbers(s, 1)
+    assert not s.busy
+
+
+def test_who_came_first_is_let_in_now_and_then() -> None:
+    s = scheduler(max_num_seqs=1, policy="priority")
+    last, first = numbers(s, 7, 7)
+    promised = s.bound(first)
+    steps = 0
+    while first.finish_reason is None:
+        numbers(s, 0, 0)  # more than there is time for
+        tick(s)
+        steps += 1
+        if steps == (TURNS + 1) * 2:
+            assert last.finish_reason == "length"
+    assert steps == 2 * (TURNS + 1) * 2 <= promised
+
+
+def test_who_runs_is_not_thrown_out_for_a_priority() -> None:
+    s = scheduler(max_num_seqs=1, policy="priority")
+    (slow,) = numbers(s, 9)
+    tick(s)
+    numbers(s, -9)
+    tick(s)
+    assert slow.finish_reason == "length" and s.counters.preemptions == 0
+
+
+def test_the_bound_is_what_those_before_take_one_by_one() -> None:
+    s = scheduler(max_num_batched_tokens=4)
+    first, second = add(s, 9, max_new_tokens=5), add(s, 4, max_new_tokens=2)
+    assert (s.bound(first), s.bound(second)) == (3 + 4, 3 + 4 + 1 + 1)
+    while second.finish_reason is None:
+        left = s.bound(second)
+        assert left > 0
+        tick(s)
+    assert s.counters.steps <= 9
+
+
 # Pages that are found again.
+
+
+def test_what_is_being_computed_for_another_is_waited_for() -> None:
+    """Three with the same beginning, and one without: it does not wait with them."""
+    s = scheduler(caching=True, max_num_batched_tokens=64)
+    prompt = tuple(range(100, 130))
+    for tokens in (prompt, prompt, (*prompt[:9], 5), tuple(range(10))):
+        s.add(tokens, SamplingParams(max_new_tokens=2), seed=0, eos=())
+    assert lengths(tick(s)) == [(1, 0, 30), (4, 0, 10)]
+    assert lengths(tick(s)) == [(1, 30, 1), (2, 28, 2), (3, 8, 2), (4, 10, 1)]
+    assert s.counters.cached_tokens == 28 + 8 and s.counters.preemptions == 0
+
+
+def test_who_waited_for_one_that_is_cancelled_computes_it_itself() -> None:
+    s = scheduler(caching=True, max_num_batched_tokens=16)
+    prompt = tuple(range(100, 140))
+    first, second, third = (s.add(prompt, SamplingParams(max_new_tokens=2), seed=0, eos=()) for _ in range(3))
+    assert lengths(tick(s)) == [(1, 0, 16)]
+    s.finish(first, "abort")
+    assert lengths(tick(s)) == [(2, 16, 16)], "what was finished is there"
+    assert lengths(tick(s)) == [(2, 32, 8)]
+    assert lengths(tick(s)) == [(2, 40, 1), (3, 36, 4)]
+    s.pages.check()
+
+
+def test_a_scored_prompt_waits_for_nobody() -> None:
+    s = scheduler(caching=True, max_num_batched_tokens=64)
+    prompt = tuple(range(100, 130))
+    for scored in (None, 0):
+        s.add(prompt, SamplingParams(max_new_tokens=2, prompt_logprobs=scored), seed=0, eos=())
+    assert lengths(tick(s)) == [(1, 0, 30), (2, 0, 30)]
 
 
 def run_out(s: Scheduler) -> list[list[tuple[int, int, int]]]:
@@ -576,7 +699,7 @@ def run_out(s: Scheduler) -> list[list[tuple[int, int, int]]]:
 
 def first_start(s: Scheduler, prompt: tuple[int, ...], new: int = 1, **more: object) -> int:
     """Where the computing of a prompt begins."""
-    s.add(prompt, SamplingParams(max_new_tokens=new, **more), seed=0, eos=(), salt="")
+    s.add(prompt, SamplingParams(max_new_tokens=new, **more), seed=0, eos=())
     step = s.next()
     assert step is not None
     s.commit(step, {c.sequence: 9 for c in step.chunks if c.sample})
@@ -632,7 +755,7 @@ def test_a_salt_keeps_tenants_apart() -> None:
     s = scheduler(caching=True)
     prompt = tuple(range(100, 110))
     for salt, start in (("a", 0), ("b", 0), ("a", 8), ("", 0), ("b", 8)):
-        s.add(prompt, SamplingParams(max_new_tokens=1), seed=0, eos=(), salt=salt)
+        s.add(prompt, SamplingParams(max_new_tokens=1, cache_salt=salt), seed=0, eos=())
         step = tick(s)
         assert step is not None and step.chunks[0].start == start, salt
 

@@ -1,20 +1,24 @@
 """Which sequences run next, with how many tokens, in which pages. Plain integers; no torch.
 
-First come, first served. A step first goes on with what runs (one token for those that decode, the next piece of
-the prompt for the others), then admits what waits, within the token budget. When pages run out, the sequence that
-came last gives all of its pages back and is computed again later; its answer does not change. Full pages are offered to
-whoever comes later with the same beginning (also to the sequence itself, when it is computed again).
+First come, first served, unless priorities are asked for. A step first goes on with what runs (one token for those that
+decode, the next piece of the prompt for the others), then lets in what waits, within the token budget. When pages run out,
+the sequence that was let in last gives all of its pages back and is computed again later; its answer does not change. So
+whoever was let in first always moves on, and everyone ends within a number of steps that `bound` computes.
+
+Full pages are offered to whoever comes with the same beginning (also to the sequence itself, when it is computed again).
+Where such a beginning is just being computed for another, a sequence waits for it instead of computing it too.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from slipstream.cache.pages import Chain, Pages
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import Chunk, FinishReason, SamplingParams, Start, Step
+from slipstream.waiting import TURNS, Waiting
 
 SCORED_TOKENS = 256  # rows of logits that prompt_logprobs may take in one step: bounds the memory for them
 
@@ -31,6 +35,8 @@ class Sequence:
     end_ids: frozenset[int]  # the model's end tokens (unless ignored) and the request's own
     max_length: int
     chain: Chain | None = None  # names its full pages; None where they are neither looked up nor offered
+    rank: int = 0  # the place in the order in which sequences were let in
+    begun: bool = False  # it runs and has pages
     computed: int = 0
     known: bool = False  # the runner has been told of it
     finish_reason: FinishReason | None = None
@@ -39,6 +45,11 @@ class Sequence:
     @property
     def num_new(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """In the order of those that were let in and, behind them, of those that came."""
+        return self.rank or math.inf, self.id
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -67,19 +78,22 @@ class Scheduler:
         max_num_batched_tokens: tokens in one step.
         max_model_len: longest prompt + answer.
         enable_prefix_caching: share pages between sequences that begin alike.
+        policy: "fcfs", or "priority": SamplingParams.priority decides who is let in next.
     """
 
     def __init__(self, pages: Pages, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
-                 enable_prefix_caching: bool = True) -> None:  # fmt: skip
+                 enable_prefix_caching: bool = True, policy: str = "fcfs") -> None:  # fmt: skip
         self.pages = pages
         self.enable_prefix_caching = enable_prefix_caching
+        self.policy = policy
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting = Waiting()
+        self.running: list[Sequence] = []  # by rank
         self.counters = Counters()
-        self._ids = 0
+        self._making: dict[bytes, Sequence] = {}  # name of a page -> who is computing it
+        self._ids = self._ranks = 0
         self._forget: list[int] = []
 
     @property
@@ -90,9 +104,15 @@ class Scheduler:
         """Tokens that prompt and answer may reach together.
 
         Raises:
-            RequestError: they cannot fit max_model_len.
+            RequestError: they cannot fit max_model_len, or it has a priority and priorities are off.
             CapacityError: the whole cache is too small for this one request.
         """
+        if params.priority and self.policy == "fcfs":
+            raise RequestError(
+                f"priority: {params.priority} has no effect while requests are served in the order in which they come; load the "
+                'model with scheduling_policy="priority"',
+                field="priority",
+            )
         limit = self.max_model_len
         if prompt_length >= limit:
             raise RequestError(
@@ -125,8 +145,27 @@ class Scheduler:
         self._ids += 1
         chain = Chain(self.pages.page_size, params.cache_salt) if self.enable_prefix_caching else None
         seq = Sequence(self._ids, params, len(prompt), list(prompt), seed, ends, length, chain)
-        self.waiting.append(seq)
+        self.waiting.add(seq)
         return seq
+
+    def bound(self, seq: Sequence) -> int:
+        """Most steps that are run from now on until this one has ended, whoever comes later.
+
+        Whoever was let in first has the first claim on each step and on all pages, so it ends within the steps that it would
+        take alone; then the next one is the first. With priorities, TURNS others can pass each time before it is the turn of
+        whoever came first, and they may be as long as max_model_len.
+        """
+
+        def steps(q: Sequence) -> int:
+            scored = q.params.prompt_logprobs is not None
+            piece = min(self.max_num_batched_tokens, SCORED_TOKENS) if scored else self.max_num_batched_tokens
+            return -(-q.prompt_length // piece) + q.max_length - q.prompt_length - 1
+
+        ahead = [q for q in (*self.running, *self.waiting) if q.place < seq.place]
+        total = steps(seq) + sum(map(steps, ahead))
+        if self.policy == "priority" and not seq.rank:
+            total += TURNS * (1 + sum(not q.rank for q in ahead)) * self.max_model_len
+        return total
 
     def next(self) -> Step | None:
         """The next forward pass, or None when there is nothing to do."""
@@ -136,15 +175,20 @@ class Scheduler:
         started: list[Start] = []
         preempted = False
         i = 0
-        while i < len(self.running) and budget:
+        while budget:
+            if i == len(self.running) and (preempted or not self._let_in()):
+                break
             seq = self.running[i]
+            if not seq.begun and not self._begin(seq):
+                i += 1
+                continue
             count = min(budget, len(seq.tokens) - seq.computed)
             if seq.wants_prompt_logits:
                 count = min(count, scored)
                 scored -= count
-                if not count:
-                    i += 1
-                    continue
+            if not count:
+                i += 1
+                continue
             while not self.pages.reserve(seq.id, seq.computed, seq.computed + count):
                 preempted = True
                 last = self.running.pop()
@@ -152,40 +196,51 @@ class Scheduler:
                 if last is seq:
                     break
             else:
+                if not seq.known:
+                    seq.known = True
+                    prompt = tuple(seq.tokens[: seq.prompt_length])
+                    started.append(Start(seq.id, prompt, seq.params, seq.seed, tuple(sorted(seq.end_ids))))
                 chunks.append(self._chunk(seq, count))
                 budget -= count
                 i += 1
-        while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            # Room for all of its tokens, not for the first piece: or it would be thrown out again before it has
-            # answered, and take the same pages and the same work in the next step.
-            known = self._known(seq)
-            if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens, known):
-                break
-            start = len(known) * self.pages.page_size
-            count = min(budget, len(seq.tokens) - start)
-            if seq.wants_prompt_logits:
-                count = min(count, scored)
-                scored -= count
-                if not count:
-                    break
-            if known:
-                self.pages.share(seq.id, known)
-                seq.computed = start
-                self.counters.cached_tokens += start
-            self.pages.reserve(seq.id, start, start + count)
-            self.running.append(self.waiting.popleft())
-            if not seq.known:
-                seq.known = True
-                prompt = tuple(seq.tokens[: seq.prompt_length])
-                started.append(Start(seq.id, prompt, seq.params, seq.seed, tuple(sorted(seq.end_ids))))
-            chunks.append(self._chunk(seq, count))
-            budget -= count
         if not chunks:
             return None
         self.counters.steps += 1
         finished, self._forget = tuple(self._forget), []
         return Step(self.counters.steps, tuple(started), finished, tuple(chunks))
+
+    def _let_in(self) -> bool:
+        """Who is next in the queue runs from now on, if there is room for all of its tokens: for the first piece alone would
+        not do, or it would be thrown out again before it has answered, and take the same pages in the next step."""
+        seq = self.waiting.first()
+        if seq is None or len(self.running) >= self.max_num_seqs:
+            return False
+        if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens, self._known(seq)):
+            return False
+        self.waiting.take(seq)
+        if not seq.rank:
+            self._ranks += 1
+            seq.rank = self._ranks
+        self.running.append(seq)
+        return True
+
+    def _begin(self, seq: Sequence) -> bool:
+        """Take the pages that are there. False: the next one is being computed for another that was let in before."""
+        known = self._known(seq)
+        if seq.chain is not None:
+            names = seq.chain.names(seq.tokens, len(seq.tokens))
+            if len(known) < len(names) and not seq.wants_prompt_logits:
+                maker = self._making.get(names[len(known)])
+                if maker is not None and maker.rank < seq.rank:
+                    return False
+            for name in names[len(known) :]:
+                self._making.setdefault(name, seq)
+        if known:
+            self.pages.share(seq.id, known)
+            seq.computed = len(known) * self.pages.page_size
+            self.counters.cached_tokens += seq.computed
+        seq.begun = True
+        return True
 
     def _known(self, seq: Sequence) -> list[bytes]:
         """The names of the pages at its beginning that are there. The last token is always computed, for its logits;
@@ -201,10 +256,21 @@ class Scheduler:
         return Chunk(seq.id, seq.computed, tokens, self.pages.tables(seq.id), sample=end == len(seq.tokens))
 
     def _preempt(self, seq: Sequence) -> None:
+        self.counters.preemptions += seq.begun
+        self._release(seq)
+        self.waiting.put_back(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        """Its pages go back, and it is not computing any."""
         self.pages.free(seq.id)
-        seq.computed = 0
-        self.waiting.appendleft(seq)
-        self.counters.preemptions += 1
+        if seq.begun and seq.chain is not None:
+            self._made(seq, seq.chain.names(seq.tokens, len(seq.tokens)))
+        seq.begun, seq.computed = False, 0
+
+    def _made(self, seq: Sequence, names: list[bytes]) -> None:
+        for name in names:
+            if self._making.get(name) is seq:
+                del self._making[name]
 
     def commit(self, step: Step, tokens: Mapping[int, int | None]) -> list[tuple[Sequence, int | None]]:
         """Take in the sampled tokens; returns (sequence, token) for each that got one, None where its logits were bad.
@@ -225,7 +291,9 @@ class Scheduler:
                 out.append((seq, None))
                 continue
             if seq.chain is not None:
-                self.pages.offer(seq.id, seq.chain.names(seq.tokens, seq.computed))
+                names = seq.chain.names(seq.tokens, seq.computed)
+                self.pages.offer(seq.id, names)
+                self._made(seq, names[chunk.start // self.pages.page_size :])
             if not chunk.sample:
                 continue
             token = tokens[chunk.sequence]
@@ -247,10 +315,10 @@ class Scheduler:
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         if reason == "error" and seq.chain is not None:  # NaN in a page would spread to whoever finds it
             self.pages.forget(seq.chain.names(seq.tokens, len(seq.tokens)))
-        self.pages.free(seq.id)
-        for queue in (self.running, self.waiting):
-            if seq in queue:
-                queue.remove(seq)
+        self._release(seq)
+        self.waiting.remove(seq)
+        if seq in self.running:
+            self.running.remove(seq)
         if seq.known:
             self._forget.append(seq.id)
 
@@ -258,7 +326,8 @@ class Scheduler:
         """Begin anew with empty queues and free pages, after an interrupt that may have left them half-changed."""
         self.pages = Pages(self.pages.groups, [pool.num_pages for pool in self.pages.pools], self.pages.page_size)
         self.running.clear()
-        self.waiting.clear()
+        self.waiting = Waiting()
+        self._making.clear()
 
     def stop(self, seq: Sequence, string: str) -> None:
         """A stop string stands in the text: it wins over a length or an end token reached with the same token."""
