@@ -93,7 +93,7 @@ def test_a_shared_weight_that_is_laid_out_anew_counts_twice(smollm2: Path) -> No
 
 def test_pages_use_what_they_are_given_but_no_more(hybrid: Path) -> None:
     for budget in (120_000, 777_777, 2_000_000):
-        p = plan(hybrid, kv_cache_memory_bytes=budget, max_model_len=100, max_num_batched_tokens=32)
+        p = plan(hybrid, kv_cache_memory_bytes=budget, max_model_len=100, max_num_batched_tokens=32, page_size=16)
         page = [16 * g.bytes_per_token(4) for g in p.groups]
         assert budget - 2 * sum(page) < p.kv_bytes <= budget
         for g, n in zip(p.groups, p.num_pages, strict=True):

@@ -18,8 +18,8 @@ from slipstream.cache.spec import CacheGroup, group_layers
 from slipstream.config import ModelConfig
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import SamplingParams, Step
-from slipstream.scheduler import SCORED_TOKENS, Scheduler, Sequence
-from slipstream.waiting import TURNS
+from slipstream.scheduler import SCORED_TOKENS, Scheduler
+from slipstream.sequence import TURNS, Sequence
 
 EOS = 1
 
@@ -447,7 +447,7 @@ def test_a_stop_string_wins_and_is_counted_once() -> None:
     seq = add(s, 2, max_new_tokens=1)
     tick(s)
     assert s.counters.finished == {"length": 1}
-    s.stop(seq, "END")
+    s.amend(seq, "stop", "END")
     assert (seq.finish_reason, seq.stop_reason) == ("stop", "END")
     assert sum(s.counters.finished.values()) == s.counters.finished["stop"] == 1
 
@@ -673,7 +673,7 @@ def test_what_is_being_computed_for_another_is_waited_for() -> None:
 def test_who_waited_for_one_that_is_cancelled_computes_it_itself() -> None:
     s = scheduler(caching=True, max_num_batched_tokens=16)
     prompt = tuple(range(100, 140))
-    first, second, third = (s.add(prompt, SamplingParams(max_new_tokens=2), seed=0, eos=()) for _ in range(3))
+    first, *_ = [s.add(prompt, SamplingParams(max_new_tokens=2), seed=0, eos=()) for _ in range(3)]
     assert lengths(tick(s)) == [(1, 0, 16)]
     s.finish(first, "abort")
     assert lengths(tick(s)) == [(2, 16, 16)], "what was finished is there"

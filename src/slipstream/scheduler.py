@@ -11,50 +11,15 @@ Where such a beginning is just being computed for another, a sequence waits for 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from slipstream.cache.pages import Chain, Pages
 from slipstream.errors import CapacityError, RequestError
 from slipstream.request import Chunk, FinishReason, SamplingParams, Start, Step
-from slipstream.waiting import TURNS, Waiting
+from slipstream.sequence import TURNS, Sequence, Waiting
 
 SCORED_TOKENS = 256  # rows of logits that prompt_logprobs may take in one step: bounds the memory for them
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One answer in the making: prompt and new tokens, and how many of them are in the cache."""
-
-    id: int
-    params: SamplingParams
-    prompt_length: int
-    tokens: list[int]
-    seed: int
-    end_ids: frozenset[int]  # the model's end tokens (unless ignored) and the request's own
-    max_length: int
-    chain: Chain | None = None  # names its full pages; None where they are neither looked up nor offered
-    rank: int = 0  # the place in the order in which sequences were let in
-    begun: bool = False  # it runs and has pages
-    computed: int = 0
-    known: bool = False  # the runner has been told of it
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-
-    @property
-    def num_new(self) -> int:
-        return len(self.tokens) - self.prompt_length
-
-    @property
-    def place(self) -> tuple[float, int]:
-        """In the order of those that were let in and, behind them, of those that came."""
-        return self.rank or math.inf, self.id
-
-    @property
-    def wants_prompt_logits(self) -> bool:
-        """The next tokens to compute are scored one by one, so each of them has a row of logits."""
-        return self.params.prompt_logprobs is not None and self.computed < self.prompt_length - 1
 
 
 @dataclass(slots=True)
@@ -329,10 +294,10 @@ class Scheduler:
         self.waiting = Waiting()
         self._making.clear()
 
-    def stop(self, seq: Sequence, string: str) -> None:
-        """A stop string stands in the text: it wins over a length or an end token reached with the same token."""
-        self.finish(seq, "stop", string)
-        if seq.finish_reason == "length":
-            self.counters.finished["length"] -= 1
-            self.counters.finished["stop"] = self.counters.finished.get("stop", 0) + 1
-        seq.finish_reason, seq.stop_reason = "stop", string
+    def amend(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
+        """End a sequence, or say of one that ended with this very token how it ends instead."""
+        self.finish(seq, reason, stop_reason)
+        if seq.finish_reason is not None and seq.finish_reason != reason:
+            self.counters.finished[seq.finish_reason] -= 1
+            self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        seq.finish_reason, seq.stop_reason = reason, stop_reason

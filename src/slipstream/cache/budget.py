@@ -19,10 +19,31 @@ def size_text(count: int | float) -> str:
     return f"{int(count)} bytes"
 
 
+def choose_page_size(asked: EngineConfig, groups: Sequence[CacheGroup], why: dict[str, str]) -> int:
+    """Tokens a page: small enough that the pages which a window touches hold at most an eighth more than the window."""
+    if asked.page_size is not None:
+        why["page_size"] = "asked for"
+        return asked.page_size
+    windows = [g.window for g in groups if g.window is not None]
+    size = 16
+    while size > 4 and any(8 * (_touched(w, size) - w) > w for w in windows):
+        size //= 2
+    why["page_size"] = "no layer has a window"
+    if windows:
+        why["page_size"] = f"a window of {min(windows)} tokens touches pages of {_touched(min(windows), size)} at most"
+    return size
+
+
+def _touched(window: int, size: int) -> int:
+    """Tokens in the pages that a window can touch, wherever it begins."""
+    return (-(-(window - 1) // size) + 1) * size
+
+
 def divide_pages(
     asked: EngineConfig,
     groups: Sequence[CacheGroup],
     *,
+    page_size: int,
     longest: int,
     dtype_bytes: int,
     free_bytes: int,
@@ -42,7 +63,7 @@ def divide_pages(
         CapacityError: not even one request fits; the message has the numbers.
         ConfigError: a max_model_len beyond the model's positions.
     """
-    size, chunk = asked.page_size, asked.max_num_batched_tokens
+    size, chunk = page_size, asked.max_num_batched_tokens
     page_bytes = [g.bytes_per_token(dtype_bytes) * size for g in groups]
 
     def need(length: int) -> list[int]:

@@ -49,6 +49,7 @@ def _tables(model: str, plan: Mapping[str, Any]) -> list[Table]:
         (step, f"{plan[step]:,} tokens a step", why.pop(step, "")),
     ]
     memory = [
+        ("page_size", f"{plan['page_size']} tokens", why.pop("page_size", "")),
         ("weights", size(sizes["weights"]), why.pop("weights", "")),
         ("KV cache", size(sizes["kv_cache"]), why.pop("kv_cache", "")),
         ("workspace", size(sizes["workspace"]), why.pop("workspace", "activations and logits of the largest step")),

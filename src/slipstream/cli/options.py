@@ -205,13 +205,22 @@ class EngineOptions:
     gpu_memory_utilization: Annotated[
         float | None, _engine("Part of the free memory that may be used, up to 1. Default: 0.9, on a CPU at most 0.5.")
     ] = None
-    page_size: Annotated[int | None, _engine("Tokens in a page of the KV cache. Default: 16.", metavar="TOKENS")] = None
+    page_size: Annotated[
+        int | None, _engine("Tokens in a page of the KV cache. Default: what suits the model's windows.", metavar="TOKENS")
+    ] = None
     enable_prefix_caching: Annotated[
         bool | None,
         _engine(
             "Keep what was computed for prompts that begin alike. Default: yes.",
             "--enable-prefix-caching/--no-enable-prefix-caching",
         ),
+    ] = None
+    scheduling_policy: Annotated[
+        str | None, _engine("fcfs: first come, first served; priority: the lowest --priority first. Default: fcfs.")
+    ] = None
+    batch_invariant: Annotated[
+        bool | None,
+        _engine("Logits with the same bits alone and in any batch; slower. Default: no.", "--batch-invariant"),
     ] = None
     attn_implementation: Annotated[
         str | None, _engine("Force an attention that `slipstream explain` lists. Default: the fastest that fits.")

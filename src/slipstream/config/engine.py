@@ -27,8 +27,11 @@ class EngineConfig:
         kv_cache_memory_bytes: bytes for keys and values; None plans them from what is free.
         gpu_memory_utilization: the part of the free memory that the plan may use (weights, KV, workspace); on a CPU at
             most half of it.
-        page_size: tokens in one page of the KV cache.
+        page_size: tokens in one page of the KV cache; None takes what suits the model's windows.
         enable_prefix_caching: keep full pages of what was computed, for requests that begin alike, until their room is needed.
+        scheduling_policy: fcfs serves requests in the order in which they come; priority goes by SamplingParams.priority.
+        batch_invariant: a request's logits have the same bits alone and in any batch, in chunks or not, with or without what
+            the cache holds; slower, and an error where an op has no implementation that keeps it.
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
         num_threads: CPU threads; None leaves torch's own choice.
@@ -43,8 +46,10 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
-    page_size: int = 16
+    page_size: int | None = None
     enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    batch_invariant: bool = False
     attn_implementation: str | None = None
     linear_implementation: str | None = None
     num_threads: int | None = None
@@ -62,6 +67,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
+        self._one_of("scheduling_policy", ("fcfs", "priority"))
         self._one_of("quantization", ("auto", "dequantize", "mxfp4", "int8", "int4"))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
             raise ConfigError(f"device: must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
@@ -70,12 +76,13 @@ class EngineConfig:
             ("kv_cache_memory_bytes", 1), ("num_threads", 1), ("seed", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name not in ("max_num_seqs", "max_num_batched_tokens", "page_size"):
+            if value is None and name not in ("max_num_seqs", "max_num_batched_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ConfigError(f"enable_prefix_caching: must be true or false, got {self.enable_prefix_caching!r}")
+        for name in ("enable_prefix_caching", "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: must be true or false, got {getattr(self, name)!r}")
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1 or math.isnan(share):
             raise ConfigError(f"gpu_memory_utilization: must be above 0 and at most 1, got {share!r}")

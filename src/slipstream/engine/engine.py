@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import secrets
 import threading
 import time
@@ -15,7 +16,8 @@ from slipstream.engine.snapshot import Rate, Snapshot, take_snapshot
 from slipstream.errors import RequestError
 from slipstream.plan import Plan
 from slipstream.request import Completion, FinishReason, Metrics, Request, RequestOutput, Step, as_token_ids
-from slipstream.scheduler import Scheduler, Sequence
+from slipstream.scheduler import Scheduler
+from slipstream.sequence import Sequence
 from slipstream.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 
@@ -72,8 +74,12 @@ class Stream:
     def put(self, delta: Delta) -> None:
         if self.deliver is None:
             self.pending.append(delta)
-        else:
+            return
+        try:
             self.deliver(self, delta)
+        except Exception as e:  # a caller's code: it may raise anything, and the others are to go on
+            self.deliver = None
+            self.engine.fail(self, delta, f"deliver: {type(e).__name__}: {e}")
 
     def result(self) -> RequestOutput:
         """Run to the end."""
@@ -105,8 +111,10 @@ class Engine:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             enable_prefix_caching=plan.asked.enable_prefix_caching,
+            policy=plan.asked.scheduling_policy,
         )
         self._answers: dict[int, _Answer] = {}
+        self._deadlines: list[tuple[float, int]] = []  # a heap: when, and whose sequence
         self._lock = threading.RLock()  # any thread may submit, step and cancel; one at a time does
         self._seeds = None if plan.asked.seed is None else _seeds(plan.asked.seed)
         self._rate, self._started = Rate(), time.perf_counter()
@@ -116,7 +124,8 @@ class Engine:
 
         Args:
             deliver: is called with the stream and each delta as it is made, in the thread that runs the step, which waits
-                for it; it must not raise. Whoever gives it does not iterate the stream.
+                for it. If it raises, the request ends in `error`, and it is not called again. Whoever gives it does not
+                iterate the stream.
 
         Raises:
             RequestError: it names tokens that do not exist, or is longer than max_model_len.
@@ -157,6 +166,8 @@ class Engine:
             answer = _Answer(sequence, stream, completion, detokenizer, stops)
             stream.answers.append(answer)
             self._answers[sequence.id] = answer
+            if params.deadline is not None:
+                heapq.heappush(self._deadlines, (now + params.deadline, sequence.id))
         return stream
 
     def _draw_seed(self) -> int:
@@ -180,6 +191,7 @@ class Engine:
 
     def _step(self) -> bool:
         running = False
+        self._keep_deadlines(time.perf_counter())
         try:
             step = self.scheduler.next()
             if step is None:
@@ -204,6 +216,12 @@ class Engine:
                 self.end(answer, "error" if isinstance(e, Exception) else "abort")
             raise
         return True
+
+    def _keep_deadlines(self, now: float) -> None:
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._answers):
+            _, sequence = heapq.heappop(self._deadlines)
+            if sequence in self._answers:
+                self.end(self._answers[sequence], "abort", "deadline")
 
     def _note_started(self, step: Step) -> None:
         now = time.perf_counter()
@@ -235,7 +253,7 @@ class Engine:
         ended_by_token = sequence.finish_reason == "stop"
         text, matched = ("", None) if ended_by_token else answer.stops.feed(answer.detokenizer.add(token))
         if matched is not None:
-            self.scheduler.stop(sequence, matched)
+            self.scheduler.amend(sequence, "stop", matched)  # wins over a length or an end token
         if sequence.finish_reason is None:
             completion.text += text
             answer.stream.put(Delta(completion.index, token, text))
@@ -248,7 +266,7 @@ class Engine:
         if matched is None:
             return text + answer.stops.flush()
         if answer.sequence.finish_reason in ("length", "stop"):
-            self.scheduler.stop(answer.sequence, matched)
+            self.scheduler.amend(answer.sequence, "stop", matched)
         return text
 
     def _close(self, answer: _Answer, text: str, token: int | None) -> None:
@@ -261,17 +279,31 @@ class Engine:
         del self._answers[sequence.id]
         answer.stream.put(Delta(completion.index, token, text, sequence.finish_reason))
 
-    def end(self, answer: _Answer, reason: FinishReason) -> None:
+    def end(self, answer: _Answer, reason: FinishReason, stop_reason: str | None = None) -> None:
         """End one answer from outside; one that has ended already stays as it is."""
         with self._lock:
             if answer.sequence.id in self._answers:
-                self.scheduler.finish(answer.sequence, reason)
+                self.scheduler.finish(answer.sequence, reason, stop_reason)
                 self._close(answer, self._rest(answer), None)
+
+    def fail(self, stream: Stream, delta: Delta, message: str) -> None:
+        """End a request with `error`, as the caller's code failed at this delta. Its answers that ended before stay."""
+        for answer in stream.answers:
+            completion = answer.completion
+            if completion.finish_reason is None or completion.index == delta.index:
+                completion.error = message
+                self.end(answer, "error")
+                self.scheduler.amend(answer.sequence, "error")
+                completion.finish_reason, completion.stop_reason = "error", None
 
     def snapshot(self) -> Snapshot:
         """What is going on, between two steps."""
         with self._lock:
-            return take_snapshot(self.scheduler, self._rate, time.perf_counter(), self._started)
+            now = time.perf_counter()
+            oldest = self.scheduler.waiting.oldest()
+            metrics = None if oldest is None else self._answers[oldest.id].stream.output.metrics
+            wait = 0.0 if metrics is None else now - metrics.arrived
+            return take_snapshot(self.scheduler, self._rate, now, self._started, wait)
 
 
 def _seeds(seed: int) -> Iterator[int]:

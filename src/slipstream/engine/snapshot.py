@@ -44,6 +44,8 @@ class Snapshot:
         new_tokens: tokens made.
         prompt_tokens_per_second, new_tokens_per_second: over the last 5 seconds; 0 after as long without a step.
         pages: one record for each cache group.
+        longest_wait: seconds since the request came that waits for longest now.
+        step_seconds: spent in steps.
         uptime: seconds.
     """
 
@@ -58,6 +60,8 @@ class Snapshot:
     prompt_tokens_per_second: float
     new_tokens_per_second: float
     pages: tuple[GroupPages, ...]
+    longest_wait: float
+    step_seconds: float
     uptime: float
 
     @property
@@ -75,11 +79,12 @@ class Rate:
 
     def __init__(self) -> None:
         self._readings: deque[tuple[float, int, int]] = deque()
-        self._end = float("-inf")  # of the last step
+        self._begin, self._end = 0.0, float("-inf")  # of the last step
+        self.step_seconds = 0.0
 
     def begin(self, now: float, prompt_tokens: int, new_tokens: int) -> None:
         """A step begins with these totals."""
-        readings = self._readings
+        readings, self._begin = self._readings, now
         if now - self._end > SECONDS:
             readings.clear()  # idle time is no part of a rate
         if not readings or now - readings[-1][0] >= _APART:
@@ -89,6 +94,7 @@ class Rate:
 
     def end(self, now: float) -> None:
         self._end = now
+        self.step_seconds += now - self._begin
 
     def per_second(self, now: float, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Prompt tokens and new tokens a second, given the totals of now."""
@@ -99,7 +105,7 @@ class Rate:
         return (prompt_tokens - prompt) / seconds, (new_tokens - new) / seconds
 
 
-def take_snapshot(scheduler: Scheduler, rate: Rate, now: float, started: float) -> Snapshot:
+def take_snapshot(scheduler: Scheduler, rate: Rate, now: float, started: float, longest_wait: float) -> Snapshot:
     """Read the counters. The caller sees to it that no step runs meanwhile."""
     counters, pages = scheduler.counters, scheduler.pages
     per_second = rate.per_second(now, counters.prompt_tokens, counters.new_tokens)
@@ -119,5 +125,7 @@ def take_snapshot(scheduler: Scheduler, rate: Rate, now: float, started: float) 
         prompt_tokens_per_second=per_second[0],
         new_tokens_per_second=per_second[1],
         pages=tuple(groups),
+        longest_wait=longest_wait,
+        step_seconds=rate.step_seconds,
         uptime=now - started,
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from slipstream.cache.budget import divide_pages
+from slipstream.cache.budget import choose_page_size, divide_pages
 from slipstream.cache.spec import CacheGroup
 from slipstream.checkpoint.load import Load
 from slipstream.checkpoint.open import Checkpoint
@@ -119,6 +119,8 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     why: dict[str, str] = {}
     hardware = find_hardware(asked, why)
     dtype = _dtype(asked, config, checkpoint, hardware, why)
+    if asked.batch_invariant:
+        why["batch_invariant"] = "asked for: every op runs in a way that gives a row the same bits in any batch"
     choices, ops_table = _choose(asked, config, hardware, dtype)
     model = home.build(ops_table, config)
     loads = plan_loads(asked, checkpoint, config, model, home, ops_table, hardware.device.split(":")[0], why)
@@ -129,9 +131,11 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     weights = sum(held)
     batched = asked.max_num_batched_tokens
     workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
+    page_size = choose_page_size(asked, groups, why)
     max_len, num_pages = divide_pages(
         asked,
         groups,
+        page_size=page_size,
         longest=config.max_position_embeddings,
         dtype_bytes=dtype.itemsize,
         free_bytes=hardware.free_bytes,
@@ -141,7 +145,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
         why=why,
     )
-    kv = sum(n * asked.page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, num_pages, strict=True))
+    kv = sum(n * page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, num_pages, strict=True))
     return Plan(
         asked=asked,
         model_config=config,
@@ -155,7 +159,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         held=held,
         groups=groups,
         num_pages=num_pages,
-        page_size=asked.page_size,
+        page_size=page_size,
         max_model_len=max_len,
         max_num_seqs=asked.max_num_seqs,
         max_num_batched_tokens=batched,
@@ -180,18 +184,21 @@ def _dtype(
     return getattr(torch, name)
 
 
-def _case(hardware: Hardware, dtype: torch.dtype, **facts: Any) -> Case:
+def _case(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, **facts: Any) -> Case:
+    if asked.batch_invariant:
+        facts["batch_invariant"] = True
     return Case(hardware.device.split(":")[0], dtype_name(dtype), hardware.capability, facts)
 
 
 def _choose(
     asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype
 ) -> tuple[list[Choice], Ops]:
-    case = _case(hardware, dtype)
+    case = _case(asked, hardware, dtype)
     sinks = config.model_type == "gpt_oss"
-    attend = _case(hardware, dtype, softcap=config.attn_logit_softcapping, sinks=sinks, head_dim=config.head_dim)
+    attend = _case(asked, hardware, dtype, softcap=config.attn_logit_softcapping, sinks=sinks, head_dim=config.head_dim)
+    width = max(config.hidden_size, config.num_heads * config.head_dim)
     chosen = {
-        "norm": choose("norm", norm.IMPLS, case),
+        "norm": choose("norm", norm.IMPLS, _case(asked, hardware, dtype, width=width)),
         "rope": choose("rope", rope.IMPLS, case),
         "store_kv": choose("store_kv", store_kv.IMPLS, case),
         "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
@@ -212,6 +219,7 @@ def _choose(
     table = Ops(
         norm=chosen["norm"].fn, rope=chosen["rope"].fn, store_kv=chosen["store_kv"].fn, attention=chosen["attention"].fn,
         activation=chosen["activation"].fn, experts=chosen["moe"].fn, linear=kernel, dtype=dtype, sample=chosen["sampling"].fn,
+        row_by_row=asked.batch_invariant and case.device == "cpu",
     )  # fmt: skip
     if not config.num_experts:
         del chosen["moe"]
@@ -221,7 +229,7 @@ def _choose(
 def _linear(
     asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool
 ) -> Choice:
-    case = _case(hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
+    case = _case(asked, hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
     force = asked.linear_implementation
     if any(i.name == force and i.reject(case) is not None for i in linear.IMPLS):
         force = None  # not for this weight; that it is for none of them is an error, once all are known

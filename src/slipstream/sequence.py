@@ -1,17 +1,53 @@
-"""Who waits, and who is let in next. Plain integers; no torch."""
+"""One answer in the making; and the queue of those that wait: who is let in next. Plain integers; no torch."""
 
 from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from slipstream.scheduler import Sequence
+from slipstream.cache.pages import Chain
+from slipstream.request import FinishReason, SamplingParams
 
 TURNS = 8  # that others may take before whoever came first is next, whatever their priorities
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: prompt and new tokens, and how many of them are in the cache."""
+
+    id: int
+    params: SamplingParams
+    prompt_length: int
+    tokens: list[int]
+    seed: int
+    end_ids: frozenset[int]  # the model's end tokens (unless ignored) and the request's own
+    max_length: int
+    chain: Chain | None = None  # names its full pages; None where they are neither looked up nor offered
+    rank: int = 0  # the place in the order in which sequences were let in
+    begun: bool = False  # it runs and has pages
+    computed: int = 0
+    known: bool = False  # the runner has been told of it
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def num_new(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """In the order of those that were let in and, behind them, of those that came."""
+        return self.rank or math.inf, self.id
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """The next tokens to compute are scored one by one, so each of them has a row of logits."""
+        return self.params.prompt_logprobs is not None and self.computed < self.prompt_length - 1
 
 
 class Waiting:
@@ -51,6 +87,10 @@ class Waiting:
             return None
         first = next(iter(self._new))
         return self._new[first if self._passed >= TURNS else self._heap[0][1]]
+
+    def oldest(self) -> Sequence | None:
+        """Who came first."""
+        return min((*self._back, *itertools.islice(self._new.values(), 1)), key=lambda seq: seq.id, default=None)
 
     def take(self, seq: Sequence) -> None:
         """It is let in, as its turn has come."""
