@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from slipstream import LLM, SamplingParams
+from slipstream.cache.budget import choose_page_size
+from slipstream.cache.spec import CacheGroup
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig
 from slipstream.errors import CapacityError, ConfigError, KernelError
@@ -226,8 +228,22 @@ def test_every_choice_says_why_each_other_one_lost(hybrid: Path) -> None:
         assert c.reason and all(len(why) > 5 for _, why in c.rejected)
 
 
+@pytest.mark.parametrize(
+    ("windows", "size"), [((None,), 16), ((None, 128), 16), ((4096,), 16), ((None, 64, 4096), 8), ((9,), 4)]
+)
+def test_pages_suit_the_windows(windows: tuple[int | None, ...], size: int) -> None:
+    """A window's pages, wherever it begins in them, hold at most an eighth more than the window."""
+    groups = [CacheGroup(w, (0,), 1, 16) for w in windows]
+    why: dict[str, str] = {}
+    assert choose_page_size(EngineConfig(), groups, why) == size and why["page_size"]
+    for g in groups:
+        if g.window is not None and size > 4:
+            assert g.max_pages(10**6, 1, size) * size <= g.window * 9 / 8
+    assert choose_page_size(EngineConfig(page_size=7), groups, why) == 7 and why["page_size"] == "asked for"
+
+
 def test_every_decision_has_a_reason(hybrid: Path) -> None:
-    assert {"device", "dtype", "kv_cache", "max_model_len"} <= set(plan(hybrid, max_model_len=64).why)
+    assert {"device", "dtype", "kv_cache", "max_model_len", "page_size"} <= set(plan(hybrid, max_model_len=64).why)
 
 
 # Quantized weights.

@@ -41,6 +41,8 @@ def test_it_counts_what_happens(hybrid: Path) -> None:
     assert all(g.held == 0 and g.cached + g.free == g.total for g in after.pages)
     assert after.new_tokens_per_second > 0 and after.prompt_tokens_per_second > 0
     assert 0 < before.uptime < after.uptime
+    assert before.step_seconds == before.longest_wait == after.longest_wait == 0 < during.longest_wait < during.uptime
+    assert 0 < during.step_seconds < after.step_seconds < after.uptime
 
     again = llm.generate([list(range(40, 53))], GREEDY)[0]
     assert again.outputs[0].token_ids == streams[0].output.outputs[0].token_ids
