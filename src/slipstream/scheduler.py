@@ -255,10 +255,11 @@ class Scheduler:
                 self.finish(seq, "error")
                 out.append((seq, None))
                 continue
-            if seq.chain is not None:
+            first_full = chunk.start // self.pages.page_size
+            if seq.chain is not None and chunk.end // self.pages.page_size > first_full:
                 names = seq.chain.names(seq.tokens, seq.computed)
                 self.pages.offer(seq.id, names)
-                self._made(seq, names[chunk.start // self.pages.page_size :])
+                self._made(seq, names[first_full:])
             if not chunk.sample:
                 continue
             token = tokens[chunk.sequence]

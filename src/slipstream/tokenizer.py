@@ -242,6 +242,8 @@ class StopStrings:
 
     def feed(self, text: str) -> tuple[str, str | None]:
         """(text that may be shown, the stop string it ended with or None). After a match, feed no more."""
+        if not self._stops:
+            return text, None
         seen = self._held + text
         for end, char in enumerate(text, len(self._held) + 1):
             found = ""

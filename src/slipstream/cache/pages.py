@@ -22,11 +22,24 @@ from slipstream.request import PageTable
 class _Table:
     """The live pages of one sequence in one group."""
 
-    __slots__ = ("first", "pages")
+    __slots__ = ("_shown", "first", "pages")
 
     def __init__(self, first: int = 0, pages: Sequence[int] = ()) -> None:
         self.first = first
         self.pages = list(pages)
+        self._shown: PageTable | None = None
+
+    def change(self, dead: int, more: Sequence[int]) -> None:
+        """Some pages go at the beginning, others come at the end."""
+        self.first += dead
+        self.pages = self.pages[dead:]
+        self.pages += more
+        self._shown = None
+
+    def show(self) -> PageTable:
+        if self._shown is None:
+            self._shown = PageTable(self.first, tuple(self.pages))
+        return self._shown
 
 
 class Chain:
@@ -74,22 +87,26 @@ class Pages:
         tables = self._tables.get(sequence)
         if tables is None:
             tables = self._tables[sequence] = tuple(_Table() for _ in self.groups)
+        last = -(-end // self.page_size)
         wanted = []
         for group, pool, table in zip(self.groups, self.pools, tables, strict=True):
-            self._drop(group, pool, table, start)
-            wanted.append(max(0, -(-end // self.page_size) - (table.first + len(table.pages))))
+            if group.window is not None:
+                self._drop(group, pool, table, start)
+            wanted.append(last - table.first - len(table.pages))
+        if max(wanted) <= 0:  # as in most steps: there is room in the last page
+            return True
         if any(n > pool.num_free for n, pool in zip(wanted, self.pools, strict=True)):
             return False
         for n, pool, table in zip(wanted, self.pools, tables, strict=True):
-            table.pages += pool.take(n)
+            if n > 0:
+                table.change(0, pool.take(n))
         return True
 
     def _drop(self, group: CacheGroup, pool: PagePool, table: _Table, start: int) -> None:
         dead = min(group.first_visible(start) // self.page_size - table.first, len(table.pages))
         if dead > 0:
             pool.give(table.pages[:dead])
-            del table.pages[:dead]
-            table.first += dead
+            table.change(dead, ())
 
     def known(self, names: Sequence[bytes]) -> int:
         """Pages at the beginning that need not be computed: for the next token, every group has what it sees.
@@ -152,7 +169,7 @@ class Pages:
         self._named[sequence] = len(names)
 
     def tables(self, sequence: int) -> tuple[PageTable, ...]:
-        return tuple(PageTable(t.first, tuple(t.pages)) for t in self._tables[sequence])
+        return tuple(t.show() for t in self._tables[sequence])
 
     def held(self, sequence: int) -> tuple[int, ...]:
         """Pages held in each group."""
