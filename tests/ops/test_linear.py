@@ -166,7 +166,7 @@ def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs a C compiler, and x86-64 to leave instructions out of")
     source, made = Path(native.__file__).with_name("blocks.c"), tmp_path_factory.mktemp("native") / "blocks.so"
-    flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in native.FLAGS]
+    flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in (*native.FLAGS, *native.FAST)]
     strict = ["-Wall", "-Wextra", "-Werror"]
     done = subprocess.run([compiler, *flags, *strict, str(source), "-o", str(made)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -178,13 +178,13 @@ def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_c_on_an_older_processor(
     older: ctypes.CDLL, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "build", lambda name: older)
+    monkeypatch.setattr(blocks, "build", lambda name, strict: older)
     for tokens in (1, 6, 17):
         _check(blocks.Blocks(), _weight(format, 67, 768 if format in SUPER else 96), dtype, tokens, True)
 
 
 def test_halves_of_an_older_processor_are_those_of_numpy(older: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "build", lambda name: older)
+    monkeypatch.setattr(blocks, "build", lambda name, strict: older)
     data = torch.zeros(1 << 16, 34, dtype=torch.uint8)
     every = np.arange(1 << 16, dtype=np.uint16)
     data[:, :2], data[:, 2] = torch.from_numpy(every.view(np.uint8).reshape(-1, 2).copy()), 1

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from slipstream.layers.mlp import MoE
 from slipstream.ops import moe
+from slipstream.ops.activation.reference import activation
 
 TOKENS, HIDDEN, INNER, EXPERTS, TOP_K = 13, 24, 10, 7, 3
 
@@ -61,7 +62,7 @@ def _oracle(case: dict[str, Any], kind: str, limit: float) -> torch.Tensor:
 @pytest.mark.parametrize("impl", moe.IMPLS, ids=lambda i: i.name)
 def test_experts(impl: Any, kind: str, bias: bool, dtype: torch.dtype) -> None:
     case = _case(bias, dtype)
-    got = impl.load()(**_called(case), kind=kind, limit=1.1)
+    got = impl.load()(**_called(case), activation=activation, kind=kind, limit=1.1)
     assert got.dtype == dtype
     tolerance = 2e-6 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(got.double(), _oracle(case, kind, 1.1), rtol=tolerance, atol=tolerance)

@@ -44,7 +44,8 @@ class MoE(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.experts, self.kind, self.limit = ops.experts, kind, config.swiglu_limit
+        self.experts, self.activation = ops.experts, ops.activation
+        self.kind, self.limit = kind, config.swiglu_limit
         self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
         n, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.router = Linear(ops, hidden, n, bias=bias)
@@ -53,7 +54,9 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
         ids, weights = self.route(self.router(x))
-        return self.experts(x, ids, weights, self.gate_up, self.down, kind=self.kind, limit=self.limit)
+        return self.experts(
+            x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
+        )
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, experts) -> ids, weights (tokens, top_k)
         if not self.softmax_first:

@@ -13,7 +13,12 @@ from slipstream.ops.linear import LinearKernel
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """One callable an op. `linear(format, out_features, in_features, shared)` gives the kernel for one weight."""
+    """One callable an op. `linear(format, out_features, in_features, shared)` gives the kernel for one weight.
+
+    Attributes:
+        row_by_row: cos, sin and tanh are taken of each row alone. On a CPU, torch computes the last numbers of a tensor and of
+            a thread's share by other code than the rest, whose last bit may differ.
+    """
 
     norm: Callable[..., torch.Tensor]
     rope: Callable[..., torch.Tensor]
@@ -24,3 +29,4 @@ class Ops:
     linear: Callable[[str, int, int, bool], LinearKernel]
     dtype: torch.dtype
     sample: Any = None
+    row_by_row: bool = False

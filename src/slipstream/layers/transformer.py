@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         plus_one: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.dtype, self.embed_scale = config, ops.dtype, embed_scale
+        self.config, self.dtype, self.embed_scale, self.row_by_row = config, ops.dtype, embed_scale, ops.row_by_row
         self.embed = Embedding(ops, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_layers))
         self.norm = Norm(ops, config.hidden_size, config.rms_norm_eps, plus_one=plus_one)
@@ -82,8 +82,14 @@ class Transformer(nn.Module):
         x = self.norm(x[batch.logits_rows])
         logits = self.head(x).float()
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        if cap is None or not len(logits):
+            return logits
+        return torch.cat([torch.tanh(rows / cap) * cap for rows in logits.split(1 if self.row_by_row else len(logits))])
 
     def _angles(self, positions: Tensor) -> Angles:
-        device = positions.device
-        return [angles(positions, freq.to(device), factor, self.dtype) for freq, factor in self._frequencies]
+        device, found = positions.device, []
+        parts = positions.split(1 if self.row_by_row else len(positions))
+        for freq, factor in self._frequencies:
+            cos, sin = zip(*(angles(p, freq.to(device), factor, self.dtype) for p in parts), strict=True)
+            found.append((torch.cat(cos), torch.cat(sin)))
+        return found

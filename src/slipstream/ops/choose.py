@@ -21,6 +21,11 @@ class Case:
     def get(self, name: str, default: Any = None) -> Any:
         return self.facts.get(name, default)
 
+    @property
+    def batch_invariant(self) -> bool:
+        """A row's result must have the same bits whatever else is in the call."""
+        return bool(self.facts.get("batch_invariant"))
+
 
 @dataclass(frozen=True, slots=True)
 class Impl:
@@ -35,6 +40,11 @@ class Impl:
     load: Callable[[], Any]
     reject: Callable[[Case], str | None]
     unasked: Callable[[Case], str | None] = lambda case: None
+
+
+def only_invariant(case: Case) -> str | None:
+    """Why what is slower and has the same bits in any batch is not taken, where that was not asked for."""
+    return None if case.batch_invariant else "is slower, so it runs only with batch_invariant"
 
 
 @dataclass(frozen=True, slots=True)

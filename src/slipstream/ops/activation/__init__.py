@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slipstream.ops.choose import Case, Impl
+from slipstream.ops.choose import Case, Impl, only_invariant
 
 
 def _reference() -> Any:
@@ -17,8 +17,27 @@ def _reference() -> Any:
     return activation
 
 
-def _always(case: Case) -> str | None:
+def _native() -> Any:
+    from slipstream.ops.activation.native import activation
+
+    return activation
+
+
+def _reject_native(case: Case) -> str | None:
+    if case.device != "cpu":
+        return "is compiled for CPUs"
+    if only_invariant(case):
+        return only_invariant(case)
+    from slipstream.ops.native import build
+
+    library = build("activation", strict=True)
+    return library if isinstance(library, str) else None
+
+
+def _reject_torch(case: Case) -> str | None:
+    if case.batch_invariant and case.device != "cuda":
+        return "the last bit of an exponential depends on the place of a number in the tensor"
     return None
 
 
-IMPLS = (Impl("torch", _reference, _always),)
+IMPLS = (Impl("native_invariant", _native, _reject_native), Impl("torch", _reference, _reject_torch))

@@ -7,6 +7,7 @@ The keys of this step are already in the cache. Query head h looks at key head h
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from slipstream.ops.choose import Case, Impl
@@ -25,6 +26,8 @@ def _sdpa() -> Any:
 
 
 def _reject_sdpa(case: Case) -> str | None:
+    if case.batch_invariant:
+        return "torch chooses the order of its sums by the shapes of the call"
     if case.get("softcap"):
         return "torch's scaled_dot_product_attention has no soft-capping of the scores"
     if case.get("sinks") and case.device != "cpu":
@@ -32,8 +35,47 @@ def _reject_sdpa(case: Case) -> str | None:
     return None
 
 
-def _always(case: Case) -> str | None:
-    return None
+def _triton() -> Any:
+    from slipstream.ops.attention.triton import attention
+
+    return attention
 
 
-IMPLS = (Impl("sdpa", _sdpa, _reject_sdpa), Impl("reference", _reference, _always))
+def _triton_invariant() -> Any:
+    from functools import partial
+
+    return partial(_triton(), invariant=True)
+
+
+def _reject_triton(case: Case) -> str | None:
+    if case.batch_invariant:
+        return "decodes in another kernel than the one for chunks: triton_invariant does both in one"
+    return _reject_triton_invariant(case)
+
+
+def _reject_triton_invariant(case: Case) -> str | None:
+    if case.device != "cuda":
+        return "is for CUDA devices"
+    if case.dtype not in ("bfloat16", "float32", "float16"):
+        return f"takes bfloat16, float32 and float16, not {case.dtype}"
+    if case.get("head_dim", 0) > 256:
+        return f"takes heads of up to 256 numbers, not {case.get('head_dim')}"
+    if case.capability is not None and case.capability < (8, 0):
+        return f"needs compute capability 8.0, and this device has {'.'.join(map(str, case.capability))}"
+    return None if find_spec("triton") else "triton is not installed: pip install triton"
+
+
+def _triton_invariant_unasked(case: Case) -> str | None:
+    return None if case.batch_invariant else "is slower, so it is taken for batch_invariant or if it is forced"
+
+
+def _reject_reference(case: Case) -> str | None:
+    return "torch chooses the order of a product's sums by the shapes of the call" if case.batch_invariant else None
+
+
+IMPLS = (
+    Impl("triton", _triton, _reject_triton),
+    Impl("triton_invariant", _triton_invariant, _reject_triton_invariant, _triton_invariant_unasked),
+    Impl("sdpa", _sdpa, _reject_sdpa),
+    Impl("reference", _reference, _reject_reference),
+)

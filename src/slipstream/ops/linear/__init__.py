@@ -16,6 +16,15 @@ A weight that arrives packed stays packed, and is multiplied by an implementatio
 | unpacked | mxfp4, int8, int4, decoded slice by slice | CPUs |
 | onednn, torch | dense | CPUs; anything |
 | reference | all; if packed, then only if it is forced | anything |
+
+Those below give a token the same bits in any batch. They are slower, and run only with `batch_invariant`.
+
+| | formats | runs on |
+|---|---|---|
+| blocks_invariant | those of blocks | CPUs, where there is a C compiler |
+| native_invariant | dense, int8, int4 | the same |
+| triton_invariant | those of triton | CUDA |
+| triton_dense_invariant | dense | CUDA |
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-from slipstream.ops.choose import Case, Impl
+from slipstream.ops.choose import Case, Impl, only_invariant
 from slipstream.ops.formats import MADE, Weight
 from slipstream.ops.formats.blocks import BLOCKS, OURS
 
@@ -62,17 +71,47 @@ def _blocks() -> Any:
     return Blocks()
 
 
+def _blocks_invariant() -> Any:
+    from slipstream.ops.linear.blocks import Blocks
+
+    return Blocks(invariant=True)
+
+
 def _reject_blocks(case: Case) -> str | None:
+    return _reject_direct(case, "many tokens are multiplied by torch, which sums in another order than few are")
+
+
+def _reject_direct(case: Case, varies: str | None = None) -> str | None:
     if case.get("format") not in ("mxfp4", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"):
         return f"takes mxfp4, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K and Q6_K, not {case.get('format')}"
     if case.device != "cpu":
         return "is compiled for CPUs"
     if case.dtype not in ("bfloat16", "float32"):
         return f"takes bfloat16 and float32 activations, not {case.dtype}"
+    if case.batch_invariant == (varies is not None):
+        return varies or only_invariant(case)
+    return _not_built("blocks", strict=case.batch_invariant)
+
+
+def _not_built(name: str, strict: bool) -> str | None:
     from slipstream.ops.native import build
 
-    library = build("blocks")
+    library = build(name, strict)
     return library if isinstance(library, str) else None
+
+
+def _native() -> Any:
+    from slipstream.ops.linear.native import Native
+
+    return Native()
+
+
+def _reject_native(case: Case) -> str | None:
+    if case.get("format") not in ("dense", "int8", "int4"):
+        return f"takes floats, int8 and int4, not {case.get('format')}"
+    if case.device != "cpu":
+        return "is compiled for CPUs"
+    return only_invariant(case) or _not_built("dense", strict=True)
 
 
 def _int4() -> Any:
@@ -90,7 +129,11 @@ def _reject_int4(case: Case) -> str | None:
         return f"is fast in bfloat16 only, not in {case.dtype}"
     if case.get("in_features", 0) % 32 or case.get("out_features", 0) % 64:
         return "needs in_features in multiples of 32 and out_features in multiples of 64"
-    return None
+    return _torchs(case)
+
+
+def _torchs(case: Case) -> str | None:
+    return "torch chooses the order of a product's sums by the number of tokens" if case.batch_invariant else None
 
 
 def _int8() -> Any:
@@ -108,7 +151,7 @@ def _reject_int8(case: Case) -> str | None:
         return f"is fast in bfloat16 only, not in {case.dtype}"
     if case.get("in_features", 0) % 32:  # the operator reads past the end of other rows
         return "needs in_features in multiples of 32"
-    return None
+    return _torchs(case)
 
 
 def _triton() -> Any:
@@ -117,15 +160,43 @@ def _triton() -> Any:
     return Triton()
 
 
+def _triton_invariant() -> Any:
+    from slipstream.ops.linear.triton import Triton
+
+    return Triton(invariant=True)
+
+
+def _triton_dense() -> Any:
+    from slipstream.ops.linear.triton_dense import TritonDense
+
+    return TritonDense()
+
+
 def _reject_triton(case: Case) -> str | None:
+    return _reject_triton_packed(case, "its tiles, and the parts that a sum is cut into, depend on the number of tokens")
+
+
+def _reject_triton_packed(case: Case, varies: str | None = None) -> str | None:
     if case.get("format") not in ("mxfp4", "int8", "int4", "Q4_0", "Q4_1", "Q8_0"):
         return f"takes mxfp4, int8, int4, Q4_0, Q4_1 and Q8_0, not {case.get('format')}"
+    if case.device == "cuda" and case.get("in_features", 0) % 32:
+        return "needs in_features in multiples of 32"
+    if case.device == "cuda" and case.batch_invariant == (varies is not None):
+        return varies or only_invariant(case)
+    return _no_triton(case)
+
+
+def _reject_triton_dense(case: Case) -> str | None:
+    if case.get("format") != "dense":
+        return f"takes floats, not {case.get('format')}"
+    return only_invariant(case) or _no_triton(case)
+
+
+def _no_triton(case: Case) -> str | None:
     if case.device != "cuda":
         return "is for CUDA devices"
     if case.dtype not in ("bfloat16", "float32", "float16"):
         return f"takes bfloat16, float32 and float16 activations, not {case.dtype}"
-    if case.get("in_features", 0) % 32:
-        return "needs in_features in multiples of 32"
     if case.capability is not None and case.capability < (8, 0):
         return f"needs compute capability 8.0, and this device has {'.'.join(map(str, case.capability))}"
     return None if find_spec("triton") else "triton is not installed: pip install triton"
@@ -140,7 +211,7 @@ def _unpacked() -> Any:
 def _reject_unpacked(case: Case) -> str | None:
     if case.get("format") not in MADE:
         return f"takes {', '.join(MADE)}, not {case.get('format')}"
-    return None if case.device == "cpu" else "is for CPUs"
+    return _torchs(case) if case.device == "cpu" else "is for CPUs"
 
 
 def _reject_onednn(case: Case) -> str | None:
@@ -148,6 +219,8 @@ def _reject_onednn(case: Case) -> str | None:
         return f"takes floats, not {case.get('format')}"
     if case.device != "cpu":
         return "is for CPUs"
+    if case.batch_invariant:
+        return "oneDNN chooses the order of a product's sums by the number of tokens"
     if case.dtype != "bfloat16":
         return f"packs bfloat16 only, not {case.dtype}"
     if case.get("shared"):
@@ -160,10 +233,12 @@ def _reject_onednn(case: Case) -> str | None:
 
 
 def _reject_torch(case: Case) -> str | None:
-    return None if case.get("format") == "dense" else f"takes floats, not {case.get('format')}"
+    return _torchs(case) if case.get("format") == "dense" else f"takes floats, not {case.get('format')}"
 
 
 def _reject_reference(case: Case) -> str | None:
+    if case.batch_invariant:
+        return _torchs(case)
     if case.device != "cpu" and case.get("format") in set(BLOCKS) - set(OURS):
         return f"{case.get('format')} is decoded by the gguf library, on CPUs"
     return None
@@ -177,9 +252,13 @@ def _reference_unasked(case: Case) -> str | None:
 
 IMPLS = (
     Impl("blocks", _blocks, _reject_blocks),
+    Impl("blocks_invariant", _blocks_invariant, _reject_direct),
+    Impl("native_invariant", _native, _reject_native),
     Impl("int4pack", _int4, _reject_int4),
     Impl("int8pack", _int8, _reject_int8),
     Impl("triton", _triton, _reject_triton),
+    Impl("triton_invariant", _triton_invariant, _reject_triton_packed),
+    Impl("triton_dense_invariant", _triton_dense, _reject_triton_dense),
     Impl("unpacked", _unpacked, _reject_unpacked),
     Impl("onednn", _onednn, _reject_onednn),
     Impl("torch", _torch, _reject_torch),

@@ -1,7 +1,8 @@
-"""Mixture of experts after the router: experts(x, ids, weights, gate_up, down, *, kind, limit) -> like x.
+"""Mixture of experts after the router: experts(x, ids, weights, gate_up, down, activation, *, kind, limit) -> like x.
 
 x (tokens, hidden); ids, weights (tokens, top_k). gate_up(x, e) -> (tokens, 2 * intermediate), gate first, and
-down(x, e) -> (tokens, hidden) are the linear layers of expert e, with their biases, in whatever format they are held.
+down(x, e) -> (tokens, hidden) are the linear layers of expert e, with their biases, in whatever format they are held;
+activation(gate_up, kind, limit) is the op that was chosen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Expert = Callable[["Tensor", int], "Tensor"]
+Activation = Callable[["Tensor", str, float], "Tensor"]
 
 
 def _reference() -> Any:

@@ -1,12 +1,11 @@
-"""One expert at a time, with all tokens that were sent to it."""
+"""One expert at a time, with all tokens that were sent to it; a token's experts are added in the order of their numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from slipstream.ops.activation.reference import activation
-from slipstream.ops.moe import Expert
+from slipstream.ops.moe import Activation, Expert
 
 
 def experts(
@@ -15,6 +14,7 @@ def experts(
     weights: Tensor,  # (tokens, top_k)
     gate_up: Expert,
     down: Expert,
+    activation: Activation,
     *,
     kind: str,
     limit: float = 7.0,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slipstream.ops.activation.reference import activation
-from slipstream.ops.moe import Expert
+from slipstream.ops.moe import Activation, Expert
 
 
 def experts(
@@ -15,6 +14,7 @@ def experts(
     weights: Tensor,  # (tokens, top_k)
     gate_up: Expert,
     down: Expert,
+    activation: Activation,
     *,
     kind: str,
     limit: float = 7.0,

@@ -18,15 +18,21 @@ from slipstream.config.paths import cache_root
 from slipstream.errors import TrustError
 
 # What -ffast-math would bring and we need, without its start-up code, which switches denormals off for the process.
-FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11"),
-    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast"),
-)
+FAST = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast")
+# The compiler may sum and round only as the source is written, so that every copy that it makes of a function for some
+# number of tokens, with its loops unrolled or not, gives the same bits.
+STRICT = ("-fno-math-errno", "-ffp-contract=off")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
 
 
 @functools.cache
-def build(name: str) -> ctypes.CDLL | str:
-    """The library made from `name`.c, or a sentence that says why there is none."""
+def build(name: str, strict: bool = False) -> ctypes.CDLL | str:
+    """The library made from `name`.c, or a sentence that says why there is none.
+
+    Args:
+        strict: sums are in the order of the source, for results that must be the same to the last bit.
+    """
+    flags = FLAGS + (STRICT if strict else FAST)
     words = shlex.split(os.environ.get("CC") or "cc")
     compiler = shutil.which(words[0])
     if compiler is None:
@@ -34,7 +40,7 @@ def build(name: str) -> ctypes.CDLL | str:
     source = Path(__file__).with_name(f"{name}.c")
     try:
         parts = [f.read_bytes() for f in (source, *sorted(source.parent.glob("*.h")))]
-        parts.append(repr((FLAGS, compiler, words[1:], _processor())).encode())
+        parts.append(repr((flags, compiler, words[1:], _processor())).encode())
         key = hashlib.sha256(b"".join(parts)).hexdigest()[:24]
     except OSError as e:
         return f"{source} cannot be read: {e}"
@@ -44,7 +50,7 @@ def build(name: str) -> ctypes.CDLL | str:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 made = Path(scratch) / path.name
-                command = [compiler, *words[1:], *FLAGS, str(source), "-o", str(made), "-lm"]
+                command = [compiler, *words[1:], *flags, str(source), "-o", str(made), "-lm"]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
                 if done.returncode:
                     lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]

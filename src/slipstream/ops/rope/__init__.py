@@ -22,8 +22,14 @@ def _torch() -> Any:
     return rope
 
 
+def _reject_torch(case: Case) -> str | None:
+    if case.batch_invariant and case.device == "cpu":
+        return "whether addcmul rounds between its product and its sum depends on the place of a number"
+    return None
+
+
 def _always(case: Case) -> str | None:
     return None
 
 
-IMPLS = (Impl("torch", _torch, _always), Impl("reference", _reference, _always))
+IMPLS = (Impl("torch", _torch, _reject_torch), Impl("reference", _reference, _always))

@@ -51,11 +51,17 @@ def _load_reference() -> Sample:
     return sample
 
 
+def _reject_torch(case: Case) -> str | None:
+    if case.batch_invariant and case.device == "cpu":
+        return "the last bit of an exponential of many rows depends on the place of a number"
+    return None
+
+
 def _runs_anywhere(case: Case) -> str | None:
     return None
 
 
 IMPLS = (
-    Impl("torch", _load_torch, _runs_anywhere),
+    Impl("torch", _load_torch, _reject_torch),
     Impl("reference", _load_reference, _runs_anywhere),
 )

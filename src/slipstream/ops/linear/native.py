@@ -1,0 +1,48 @@
+"""Floats, int8 and int4 in a C kernel whose result for a token has the same bits in any batch; nothing is laid out again.
+
+Every sum is taken in one order, whatever the number of tokens: torch's products choose theirs by the shape. Few tokens
+run as fast as memory gives the weights; many take longer than torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from slipstream.errors import KernelError
+from slipstream.ops.formats import Weight
+from slipstream.ops.native import build
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # the numbers in dense.c
+
+
+class Native:
+    """Activations are float32, bfloat16 or float16; sums are float32."""
+
+    def __init__(self) -> None:
+        library = build("dense", strict=True)
+        if isinstance(library, str):
+            raise KernelError(f"linear[native_invariant]: {library}")
+        self._linear = library.slipstream_dense_linear
+        size, pointer = ctypes.c_long, ctypes.c_void_p
+        self._linear.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 5, ctypes.c_int]
+        self._linear.restype = None
+        self._threads = torch.get_num_threads()
+
+    def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if weight.scales is None:
+            return (weight.data.to(dtype).contiguous(),)
+        return weight.data.contiguous(), weight.scales.to(torch.bfloat16).contiguous()
+
+    def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        data, scales = packed if len(packed) == 2 else (packed[0], None)
+        (tokens, width), rows = x.shape, len(data)
+        numbers = x.float().contiguous()
+        out = torch.empty(tokens, rows)
+        pointers = (data.data_ptr(), 0 if scales is None else scales.data_ptr(), numbers.data_ptr(), out.data_ptr())
+        row_scales = 0 if scales is None else scales.shape[1]
+        self._linear(KINDS[data.dtype], *pointers, tokens, rows, width, data.stride(0) * data.itemsize, row_scales, self._threads)
+        out = out.to(x.dtype)
+        return out if bias is None else out.add_(bias)
