@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +37,33 @@ def memory() -> float:
     ctypes.CDLL(None).malloc_trim(0)
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) * 1024 / 1e6
+
+
+class _Malloc(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def in_use() -> float:
+    """MB that are asked of malloc and of Python's own allocator (at 64 bytes a block): without the holes between them, so
+    that a slope of `memory` can be told from one of ours."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Malloc
+    found = libc.mallinfo2()
+    return (found.uordblks + found.hblkhd + 64 * sys.getallocatedblocks()) / 1e6
 
 
 def slope(readings: list[tuple[float, float]]) -> float:
@@ -63,7 +91,7 @@ def test_mixed_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds:
     judged = seconds >= 600
     apart = seconds / 60  # a minute of an hour
     llm = LLM(mixed.write(tmp_path / "model"), kv_cache_memory_bytes=110_000, max_model_len=160, page_size=4,
-              max_num_seqs=6, max_num_batched_tokens=32, **mixed.PRIORITY)  # fmt: skip
+              max_num_seqs=6, max_num_batched_tokens=32, scheduling_policy="priority")  # fmt: skip
     load = mixed.Load(llm, tmp_path, seed=1)
     for _ in range(5):  # whatever is imported or opened once
         asyncio.run(load.burst(8))
@@ -71,7 +99,8 @@ def test_mixed_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds:
     open_before = left_open()
     began, used = time.monotonic(), time.process_time()
     readings: list[tuple[float, float]] = []
-    while (now := time.monotonic() - began) < seconds:
+    inner: list[tuple[float, float]] = []
+    while (now := time.monotonic() - began) < seconds or load.bursts < 20:
         asyncio.run(load.burst(20))
         tiny.check_idle(llm)
         assert len(llm.engine.runner.rows) <= llm.plan.max_num_seqs + 1
@@ -82,14 +111,16 @@ def test_mixed_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds:
         assert left_open() == open_before, "open files, threads"
         if now >= apart * len(readings):
             readings.append((now, memory()))
-            print(f"{now:6.0f} s  {readings[-1][1]:.2f} MB  {dict(load.seen)}", flush=True)
+            inner.append((now, in_use()))
+            print(f"{now:6.0f} s  {readings[-1][1]:.2f} MB, {inner[-1][1]:.2f} in use  {dict(load.seen)}", flush=True)
         if judged:
             time.sleep(max(0.0, (time.process_time() - used) / SHARE - (time.monotonic() - began)))
     counted = llm.snapshot()
-    late = [r for r in readings if r[0] >= seconds * WARM_UP]
+    late, late_inner = ([r for r in some if r[0] >= seconds * WARM_UP] for some in (readings, inner))
     record = {
         "seconds": round(time.monotonic() - began),
         "slope_mb_per_hour": round(slope(late), 3) if judged else None,
+        "slope_in_use": round(slope(late_inner), 3) if judged else None,
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
         "requests": sum(load.seen.values()),
         **load.seen,
@@ -104,7 +135,7 @@ def test_mixed_load(tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds:
     with capsys.disabled():
         print("\n" + json.dumps(record))
     assert counted.preemptions and counted.cached_tokens
-    assert all(load.seen[k] > 5 for k in ("good", "cancelled", "refused", "spoiled", "job lines")), load.seen
-    assert not load.deadlines or load.seen["late"]
+    kinds = ("good", "cancelled", "refused", "late", "spoiled", "failed", "handler raised", "job lines")
+    assert all(load.seen[k] for k in kinds), load.seen
     if judged:
-        assert slope(late) < LIMIT
+        assert slope(late_inner) < LIMIT and slope(late) < LIMIT
