@@ -20,14 +20,13 @@ from slipstream.request import Step
 from tests.parity.test_mxfp4 import SIZES, publish
 from tests.parity.tiny import TINY, save
 
-NEW = 7
+NEW = 5
 WIDE = SIZES | {"hidden_size": 192, "moe_intermediate_size": 64, "head_dim": 32}  # rows of a multiple of 64
 # Longer and shorter than the windows; the last ones begin as another does.
 LONG = [(i * i + 3) % 90 + 5 for i in range(75)]
 PROMPTS = [[11], LONG, [7, 3, 90, 4, 4, 61], list(range(20, 53)), LONG[:44], LONG[:70] + [8, 9]]
 PARAMS = [
     SamplingParams(temperature=0, max_new_tokens=NEW, ignore_eos=True, prompt_logprobs=0),
-    SamplingParams(temperature=0, max_new_tokens=NEW, ignore_eos=True),
     SamplingParams(seed=5, temperature=1.3, max_new_tokens=NEW, ignore_eos=True),
 ]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -35,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in chunks of 1": {"max_num_batched_tokens": 1},
     "in chunks of 7, pages of 3": {"max_num_batched_tokens": 7, "page_size": 3},
     "two at a time, pages of 5": {"max_num_seqs": 2, "page_size": 5},
-    "without room": {"page_size": 4, "max_num_batched_tokens": 16},
+    "without room": {"page_size": 2, "max_num_batched_tokens": 16, "max_model_len": 84},
     "nothing is kept": {"enable_prefix_caching": False},
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,7 +74,7 @@ def load(folder: Path, **options: Any) -> LLM:
 
 @contextmanager
 def logits_of(llm: LLM) -> Iterator[Found]:
-    """Every row of logits, under the tokens that it comes after; that they agree wherever they come twice is checked."""
+    """Every row of logits, under the tokens that it comes after; where they come twice, they are the same twice."""
     runner = llm.engine.runner
     model, run, steps = runner.model, runner.run, []
     found: Found = {}
@@ -94,7 +93,8 @@ def logits_of(llm: LLM) -> Iterator[Found]:
             for i in range(len(c.token_ids)):
                 if start + i in at:
                     key = history[: c.start + i + 1]
-                    assert torch.equal(found.setdefault(key, at[start + i]), at[start + i])
+                    again = torch.equal(found.setdefault(key, at[start + i]), at[start + i])
+                    assert again or not llm.plan.asked.batch_invariant
         return logits
 
     runner.run, runner.model = taken, forward  # type: ignore[method-assign, assignment]
@@ -130,7 +130,7 @@ def test_the_logits_are_those_made_alone(case: tuple[Path, dict[str, Any], Found
     if variant == "without room":
         groups = load(folder, **options).plan.groups
         itemsize = 2 if options.get("dtype") == "bfloat16" else 4
-        changes["kv_cache_memory_bytes"] = 160 * sum(g.bytes_per_token(itemsize) for g in groups)
+        changes["kv_cache_memory_bytes"] = 95 * sum(g.bytes_per_token(itemsize) for g in groups)
     llm = load(folder, **options, **changes)
     same(want, together(llm))
     same(want, together(llm, lambda all: all[::-1]))  # what the first left in the cache is there
@@ -141,7 +141,7 @@ def test_the_logits_are_those_made_alone(case: tuple[Path, dict[str, Any], Found
 
 def test_the_cases_are_worth_comparing(case: tuple[Path, dict[str, Any], Found]) -> None:
     _, _, want = case
-    assert len(want) > 150 and all(x.isfinite().all() for x in want.values())
+    assert len(want) > 100 and all(x.isfinite().all() for x in want.values())
     assert len({x.argmax().item() for x in want.values()}) > 10
 
 
@@ -149,7 +149,7 @@ def test_this_can_fail(llama: Path) -> None:
     """The normal mode, whose answers are the same but for their last bits."""
     want, got = (make(load(llama, batch_invariant=False, dtype="float32")) for make in (alone, together))
     shared = want.keys() & got.keys()
-    assert len(shared) > 150
+    assert len(shared) > 100
     assert not all(torch.equal(want[key], got[key]) for key in shared)
     assert all(torch.allclose(want[key], got[key], atol=1e-3) for key in shared)
 

@@ -24,6 +24,9 @@ from slipstream.ops.formats import Weight, decode, encode
 pytest.importorskip("triton")
 
 from slipstream.ops.linear.triton import ROWS, STAGES, Triton, _tiles, _vector, tiles
+from slipstream.ops.linear.triton_dense import TILE, TritonDense, _dense
+from slipstream.ops.norm.reference import norm as norm_reference
+from slipstream.ops.norm.triton import norm
 
 ROOT = Path(__file__).parents[2]
 REJECT = next(impl.reject for impl in linear.IMPLS if impl.name == "triton")
@@ -136,6 +139,28 @@ def no_tokens() -> None:
     assert Triton()(torch.empty(0, 96), Triton().prepare(make("int8", (200, 96)), F32), None).shape == (0, 200)
 
 
+def invariant(name: str, dtype: torch.dtype = F32, device: str = "cpu", rows: int = 75, width: int = 96) -> float:
+    """Any number of tokens, anywhere among others, gives each of them the same bits. The largest relative error."""
+    kernel: Any = TritonDense() if name == "dense" else Triton(invariant=True)
+    weight = Weight(name, torch.randn(rows, width, device=device).to(dtype), (rows, width))
+    weight = weight if name == "dense" else make(name, (rows, width), device)
+    packed = kernel.prepare(weight, dtype)
+    x, bias = torch.randn(70, width, device=device).to(dtype), torch.randn(rows, device=device).to(dtype)
+    whole = kernel(inside_nan(x), packed, bias)
+    for at, tokens in ((0, 1), (69, 1), (3, 2), (31, 5), (16, 33)):
+        assert torch.equal(kernel(x[at : at + tokens], packed, bias), whole[at : at + tokens]), (at, tokens)
+    want = x.double() @ decode(weight, F32).double().T + bias.double()
+    return ((whole.double() - want).abs().max() / want.abs().max()).item()
+
+
+def norm_of_rows(device: str = "cpu") -> float:
+    x, weight = torch.randn(7, 5, 60, device=device)[:, 1:4], torch.randn(60, device=device)
+    whole = norm(x, weight, 1e-5)
+    assert whole.shape == x.shape and norm(x[:0], weight, 1e-5).shape == (0, 3, 60)
+    assert all(torch.equal(norm(x[i : i + 1], weight, 1e-5), whole[i : i + 1]) for i in range(7))
+    return (whole - norm_reference(x, weight, 1e-5)).abs().max().item()
+
+
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {
         f"{name}-{tokens}": lambda name=name, tokens=tokens: error(name, tokens, F32)  # type: ignore[misc]
@@ -146,6 +171,9 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     cases["mxfp4-37"] = lambda: error("mxfp4", 37, F32)
     cases["parts"] = lambda: error("mxfp4", 3, F32, rows=72, width=288)  # several programs share a tile
     cases["few-tokens"], cases["many-tokens"] = lambda: tiles_of_bfloat16(5), lambda: tiles_of_bfloat16(67)
+    for name in ("dense", "mxfp4", "int8", "Q4_1"):
+        cases[f"invariant-{name}"] = lambda name=name: invariant(name)  # type: ignore[misc]
+    cases["norm"] = norm_of_rows
     cases["codes"] = lambda: all_codes_and_scales(F32)
     cases["nan"] = one_bad_block
     cases["none"] = no_tokens
@@ -231,6 +259,24 @@ def test_it_compiles_for_hopper(layout: str, tokens: int, monkeypatch: pytest.Mo
     assert "cp.async" in made.asm["ptx"]  # weights are fetched ahead
     assert "ftz" not in made.asm["ptx"]  # the scale 2^-127 and codes before their bias are subnormal
     assert made.metadata.shared <= 100 << 10  # two programs a multiprocessor
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_dense_compiles_for_hopper(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes: dict[str, Any] = {k: v for k, v in TILE.items() if k.isupper()}
+    pointers = ("x", "weight", "bias", "out")
+    signature = {a: "constexpr" if a in sizes else f"*{dtype}" if a in pointers else "i32" for a in _dense.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(_dense.arg_names) if a in (*pointers, "width")}
+    options = {k: v for k, v in TILE.items() if k not in sizes}
+    made = triton.compile(ASTSource(_dense, signature, sizes, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = made.asm["ptx"]
+    assert ("wgmma.mma_async" in ptx) == (dtype != "fp32") and "tf32" not in ptx
+    assert made.metadata.shared <= 100 << 10
 
 
 def main() -> None:

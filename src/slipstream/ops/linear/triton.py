@@ -8,6 +8,9 @@ One token or two are multiplied row by row in float32, with the exact weights. M
 are decoded on the way: for bfloat16 activations the weights are rounded to bfloat16 (mxfp4 and int8, whose scale is
 applied at the end, lose nothing by that), for the other dtypes they are float32, as mxfp4's range does not fit float16.
 Sums are float32 always.
+
+Where a token's result must have the same bits in any batch, every number of tokens goes through tiles of one shape, and no
+sum is cut into parts.
 """
 
 from __future__ import annotations
@@ -27,11 +30,19 @@ FEW = 2  # tokens up to which rows are multiplied one by one
 # Loads one step ahead and no more: from 3 on, Triton 3.6 lets a step's product run on while the registers or the shared
 # memory that it reads are filled for the next. Seen on an H100: 24 of 36 results of int4 were off by up to 5%.
 STAGES = 2
+INVARIANT = 32  # tokens for which the tiles are made where they must not depend on the number of tokens
 ROWS = {"BLOCK_N": 8, "BLOCKS": 32, "STAGES": 4}  # the tile of that kernel
 
 
 class Triton:
-    """Activations are float32, bfloat16 or float16."""
+    """Activations are float32, bfloat16 or float16.
+
+    Args:
+        invariant: the result for a token has the same bits in any batch.
+    """
+
+    def __init__(self, invariant: bool = False) -> None:
+        self.invariant = invariant
 
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         if weight.scales is not None:
@@ -68,7 +79,7 @@ class Triton:
         }
         weight = data, scales, offsets
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            if tokens <= FEW:
+            if tokens <= FEW and not self.invariant:
                 grid = (triton.cdiv(rows, ROWS["BLOCK_N"]), tokens)  # CUDA takes 65,535 of the second at most
                 _vector[grid](x, *weight, bias, out, x.stride(0), rows, width // 32, **layout, **ROWS)
             else:
@@ -77,11 +88,11 @@ class Triton:
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor, layout: dict[str, Any]) -> None:
         (tokens, width), rows = x.shape, out.shape[1]
-        block_m, block_n, blocks, warps = tiles(tokens, x.dtype)
+        block_m, block_n, blocks, warps = tiles(INVARIANT if self.invariant else tokens, x.dtype)
         grid = triton.cdiv(tokens, block_m), triton.cdiv(rows, block_n)
         steps = triton.cdiv(width // 32, blocks)
         # Where tiles alone leave the device idle, several programs share a tile, each with a part of the sum.
-        parts = max(1, min(_programs(x.device) // (grid[0] * grid[1]), steps // 2))
+        parts = 1 if self.invariant else max(1, min(_programs(x.device) // (grid[0] * grid[1]), steps // 2))
         steps = triton.cdiv(steps, parts)
         sums = out if parts == 1 else torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
         _tiles[(*grid, parts)](
