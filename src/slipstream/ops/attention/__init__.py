@@ -19,6 +19,25 @@ def _reference() -> Any:
     return attention
 
 
+def _native() -> Any:
+    from slipstream.ops.attention.native import attention
+
+    return attention
+
+
+def _reject_native(case: Case) -> str | None:
+    if case.device != "cpu":
+        return "is compiled for CPUs"
+    if case.dtype not in ("bfloat16", "float32"):
+        return f"takes bfloat16 and float32, not {case.dtype}"
+    if case.get("head_dim", 0) > 512:
+        return f"has room for 512 numbers a head, not {case.get('head_dim')}"
+    from slipstream.ops.native import build
+
+    library = build("attention", strict=True)
+    return library if isinstance(library, str) else None
+
+
 def _sdpa() -> Any:
     from slipstream.ops.attention.sdpa import attention
 
@@ -74,6 +93,7 @@ def _reject_reference(case: Case) -> str | None:
 
 
 IMPLS = (
+    Impl("native", _native, _reject_native),
     Impl("triton", _triton, _reject_triton),
     Impl("triton_invariant", _triton_invariant, _reject_triton_invariant, _triton_invariant_unasked),
     Impl("sdpa", _sdpa, _reject_sdpa),
