@@ -51,7 +51,7 @@ class Chain:
 
     def __init__(self, page_size: int, salt: str = "") -> None:
         self._size = page_size
-        self._start = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        self._start = hashlib.blake2b(salt.encode(errors="surrogatepass"), digest_size=16).digest()
         self._names: list[bytes] = []
 
     def names(self, tokens: Sequence[int], end: int) -> list[bytes]:

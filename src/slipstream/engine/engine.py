@@ -202,7 +202,8 @@ class Engine:
             running = False
             self._take_prompt_logprobs(result)
             for sequence, token in self.scheduler.commit(step, result.tokens):
-                self._advance(self._answers[sequence.id], token, result)
+                if answer := self._answers.get(sequence.id):  # or the delivery of one before it has ended this one too
+                    self._advance(answer, token, result)
         except BaseException as e:
             if running and step is not None:  # half-run: the cache of this pass cannot be trusted
                 lost = [self._answers[c.sequence] for c in step.chunks]
@@ -283,7 +284,7 @@ class Engine:
         """End one answer from outside; one that has ended already stays as it is."""
         with self._lock:
             if answer.sequence.id in self._answers:
-                self.scheduler.finish(answer.sequence, reason, stop_reason)
+                self.scheduler.amend(answer.sequence, reason, stop_reason)  # its last token may not be out yet
                 self._close(answer, self._rest(answer), None)
 
     def fail(self, stream: Stream, delta: Delta, message: str) -> None:
