@@ -7,10 +7,11 @@ The keys of this step are already in the cache. Query head h looks at key head h
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from slipstream.ops.choose import Case, Impl
+from slipstream.ops.choose import Case, Impl, only_invariant
 
 
 def _reference() -> Any:
@@ -61,14 +62,12 @@ def _triton() -> Any:
 
 
 def _triton_invariant() -> Any:
-    from functools import partial
-
     return partial(_triton(), invariant=True)
 
 
 def _reject_triton(case: Case) -> str | None:
     if case.batch_invariant:
-        return "decodes in another kernel than the one for chunks: triton_invariant does both in one"
+        return "a query has other bits alone than in a chunk of its prompt"
     return _reject_triton_invariant(case)
 
 
@@ -84,10 +83,6 @@ def _reject_triton_invariant(case: Case) -> str | None:
     return None if find_spec("triton") else "triton is not installed: pip install triton"
 
 
-def _triton_invariant_unasked(case: Case) -> str | None:
-    return None if case.batch_invariant else "is slower, so it is taken for batch_invariant or if it is forced"
-
-
 def _reject_reference(case: Case) -> str | None:
     return "torch chooses the order of a product's sums by the shapes of the call" if case.batch_invariant else None
 
@@ -95,7 +90,7 @@ def _reject_reference(case: Case) -> str | None:
 IMPLS = (
     Impl("native", _native, _reject_native),
     Impl("triton", _triton, _reject_triton),
-    Impl("triton_invariant", _triton_invariant, _reject_triton_invariant, _triton_invariant_unasked),
+    Impl("triton_invariant", _triton_invariant, _reject_triton_invariant, only_invariant),
     Impl("sdpa", _sdpa, _reject_sdpa),
     Impl("reference", _reference, _reject_reference),
 )
