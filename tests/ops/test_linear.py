@@ -162,15 +162,19 @@ def _levels() -> list[str]:
 @pytest.fixture(scope="module", params=_levels())
 def older(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The C kernel as an older processor runs it."""
+    return ctypes.CDLL(str(compiled("blocks", request.param, tmp_path_factory.mktemp("native"))))
+
+
+def compiled(name: str, level: str, folder: Path, strict: bool = False) -> Path:
     compiler = shutil.which("cc")
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("needs a C compiler, and x86-64 to leave instructions out of")
-    source, made = Path(native.__file__).with_name("blocks.c"), tmp_path_factory.mktemp("native") / "blocks.so"
-    flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in (*native.FLAGS, *native.FAST)]
-    strict = ["-Wall", "-Wextra", "-Werror"]
-    done = subprocess.run([compiler, *flags, *strict, str(source), "-o", str(made)], capture_output=True, text=True)
+    source, made = Path(native.__file__).with_name(f"{name}.c"), folder / f"{name}.so"
+    flags = (*native.FLAGS, *(native.STRICT if strict else native.FAST), "-Wall", "-Wextra", "-Werror")
+    words = [f"-march={level}" if flag == "-march=native" else flag for flag in flags]
+    done = subprocess.run([compiler, *words, str(source), "-o", str(made), "-lm"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(made))
+    return made
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

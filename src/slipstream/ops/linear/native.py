@@ -16,6 +16,7 @@ from slipstream.ops.formats import Weight
 from slipstream.ops.native import build
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # the numbers in dense.c
+HALVES = 5
 
 
 class Native:
@@ -29,6 +30,7 @@ class Native:
         size, pointer = ctypes.c_long, ctypes.c_void_p
         self._linear.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 5, ctypes.c_int]
         self._linear.restype = None
+        self._halves = bool(library.slipstream_dense_has_halves())
         self._threads = torch.get_num_threads()
 
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -39,10 +41,11 @@ class Native:
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         data, scales = packed if len(packed) == 2 else (packed[0], None)
         (tokens, width), rows = x.shape, len(data)
-        numbers = x.float().contiguous()
+        halves = self._halves and data.dtype == torch.bfloat16
+        numbers = (x if halves else x.float()).contiguous()
         out = torch.empty(tokens, rows)
         pointers = (data.data_ptr(), 0 if scales is None else scales.data_ptr(), numbers.data_ptr(), out.data_ptr())
-        row_scales = 0 if scales is None else scales.shape[1]
-        self._linear(KINDS[data.dtype], *pointers, tokens, rows, width, data.stride(0) * data.itemsize, row_scales, self._threads)
+        sizes = tokens, rows, width, data.shape[1] * data.itemsize, 0 if scales is None else scales.shape[1]
+        self._linear(HALVES if halves else KINDS[data.dtype], *pointers, *sizes, self._threads)
         out = out.to(x.dtype)
         return out if bias is None else out.add_(bias)

@@ -2,11 +2,12 @@
 // sum over the width has LANES partial sums, taken from left to right, that are added up as a tree. Compile it strictly.
 //
 // A weight is float32, bfloat16 or float16; or a signed byte, times a scale of the row; or 4 bits less 8, the lower half
-// of a byte first, times a scale of each `group` weights. Scales are bfloat16.
+// of a byte first, times a scale of each `group` weights. Scales are bfloat16. Tokens are float32; beside HALVES, which are
+// bfloat16 weights where the processor multiplies pairs of these, bfloat16.
 
 #include "formats.h"
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4, HALVES };
 enum { ROWS = 4, TOKENS = 4, SPAN = 64 };  // of one pass: their sums fit into the registers; rows kept in the cache
 
 #if defined(WIDE)
@@ -14,7 +15,17 @@ enum { LANES = 16 };
 typedef __m512 vector;
 static INLINE vector read(const float *p) { return _mm512_loadu_ps(p); }
 static INLINE vector multiply_add(vector a, vector b, vector c) { return _mm512_fmadd_ps(a, b, c); }
-static INLINE float add_up(vector v) { return _mm512_reduce_add_ps(v); }
+static INLINE void add_up(vector sums[ROWS][TOKENS], int t, float out[ROWS][TOKENS]) {  // four at once
+  __m256 h[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++)
+    h[r] = _mm256_add_ps(_mm512_castps512_ps256(sums[r][t]),
+                         _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums[r][t]), 1)));
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
+  const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) out[r][t] = sum[r];
+}
 #else
 enum { LANES = 8 };
 typedef floats vector;
@@ -25,7 +36,13 @@ static INLINE void read_to(const float *p, vector *v) { memcpy(v, p, sizeof *v);
 #else
 #define multiply_add(A, B, C) ((A) * (B) + (C))
 #endif
-#define add_up(V) ({ const vector s_ = V; ((s_[0] + s_[4]) + (s_[2] + s_[6])) + ((s_[1] + s_[5]) + (s_[3] + s_[7])); })
+static INLINE void add_up(vector sums[ROWS][TOKENS], int t, float out[ROWS][TOKENS]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    const vector s = sums[r][t];
+    out[r][t] = ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  }
+}
 #endif
 
 typedef struct {
@@ -67,11 +84,60 @@ static INLINE void weights_at(const int kind, const row *r, long k, vector *to) 
 #endif
 }
 
-// ROWS rows times `count` tokens; `kind` and `count` are constants at every call.
-static INLINE void tile(const int kind, const int count, const row rows[ROWS], const float *x, long width,
-                        float out[ROWS][TOKENS]) {
+#if defined(WIDE_BF16)
+static INLINE __m512bh halves_at(const void *p, long k, __mmask32 inside) {
+  return (__m512bh)_mm512_maskz_loadu_epi16(inside, (const uint16_t *)p + k);
+}
+
+// As `tile`. A lane has the products of two neighbours.
+static INLINE void tile_halves(const int count, const row rows[ROWS], const uint16_t *x, long width,
+                               float out[ROWS][TOKENS]) {
   vector acc[ROWS][TOKENS];
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < count; t++) acc[r][t] = (vector){0};
+  __mmask32 inside = 0xffffffff;
+  for (long k = 0; k < width; k += 32) {
+    if (width - k < 32) inside = ((__mmask32)1 << (width - k)) - 1;
+    __m512bh w[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) w[r] = halves_at(rows[r].weights, k, inside);
+#pragma GCC unroll 4
+    for (int t = 0; t < count; t++) {
+      const __m512bh v = halves_at(x + t * width, k, inside);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], w[r], v);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < count; t++) add_up(acc, t, out);
+}
+#endif
+
+// Whether HALVES can be asked for.
+int slipstream_dense_has_halves(void) {
+#if defined(WIDE_BF16)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// ROWS rows times `count` tokens; `kind` and `count` are constants at every call.
+static INLINE void tile(const int kind, const int count, const row rows[ROWS], const void *tokens, long width,
+                        float out[ROWS][TOKENS]) {
+#if defined(WIDE_BF16)
+  if (kind == HALVES) {
+    tile_halves(count, rows, tokens, width, out);
+    return;
+  }
+#endif
+  const float *x = tokens;
+  vector acc[ROWS][TOKENS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
     for (int t = 0; t < count; t++) acc[r][t] = (vector){0};
   long k = 0;
   for (; k + LANES <= width; k += LANES) {
@@ -86,36 +152,41 @@ static INLINE void tile(const int kind, const int count, const row rows[ROWS], c
     }
   }
   if (k < width)
+#pragma GCC unroll 4
     for (int t = 0; t < count; t++) {
       float v[LANES] = {0};
       memcpy(v, x + t * width + k, (size_t)(width - k) * 4);
+#pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         float w[LANES] = {0};
         for (long i = k; i < width; i++) w[i - k] = one(kind, rows + r, i);
         acc[r][t] = multiply_add(read(w), read(v), acc[r][t]);
       }
     }
-  for (int r = 0; r < ROWS; r++)
-    for (int t = 0; t < count; t++) {
-      out[r][t] = add_up(acc[r][t]);
-      if (kind == INT8) out[r][t] *= from_bf16(rows[r].scales[0]);
-    }
+#pragma GCC unroll 4
+  for (int t = 0; t < count; t++) {
+    add_up(acc, t, out);
+    if (kind == INT8)
+      for (int r = 0; r < ROWS; r++) out[r][t] *= from_bf16(rows[r].scales[0]);
+  }
 }
 
-typedef void tile_fn(const row *, const float *, long, float[ROWS][TOKENS]);
+typedef void tile_fn(const row *, const void *, long, float[ROWS][TOKENS]);
 #define TILE(KIND, COUNT)                                                                                      \
-  static void tile_##KIND##_##COUNT(const row *rows, const float *x, long width, float out[ROWS][TOKENS]) { \
+  static void tile_##KIND##_##COUNT(const row *rows, const void *x, long width, float out[ROWS][TOKENS]) { \
     tile(KIND, COUNT, rows, x, width, out);                                                                   \
   }
 #define TILES(KIND) TILE(KIND, 1) TILE(KIND, 2) TILE(KIND, 3) TILE(KIND, 4)
 #define NAMES(KIND) {tile_##KIND##_1, tile_##KIND##_2, tile_##KIND##_3, tile_##KIND##_4}
-TILES(FLOAT32) TILES(BFLOAT16) TILES(FLOAT16) TILES(INT8) TILES(INT4)
-static tile_fn *const TILE_OF[][TOKENS] = {NAMES(FLOAT32), NAMES(BFLOAT16), NAMES(FLOAT16), NAMES(INT8), NAMES(INT4)};
+TILES(FLOAT32) TILES(BFLOAT16) TILES(FLOAT16) TILES(INT8) TILES(INT4) TILES(HALVES)
+static tile_fn *const TILE_OF[][TOKENS] = {NAMES(FLOAT32), NAMES(BFLOAT16), NAMES(FLOAT16), NAMES(INT8), NAMES(INT4),
+                                             NAMES(HALVES)};
 
-// out (tokens, rows) = x (tokens, width) times weight^T, all but the weight float32. A row has `row_bytes` bytes of
-// weights and `row_scales` scales.
-void slipstream_dense_linear(int kind, const uint8_t *weight, const uint16_t *scales, const float *x, float *out,
+// out (tokens, rows) float32 = x (tokens, width) times weight^T. A row has `row_bytes` bytes of weights and `row_scales`
+// scales.
+void slipstream_dense_linear(int kind, const uint8_t *weight, const uint16_t *scales, const char *x, float *out,
                              long tokens, long num_rows, long width, long row_bytes, long row_scales, int threads) {
+  const size_t token = (size_t)width * (kind == HALVES ? 2 : 4);
   const long share = (num_rows + threads * ROWS - 1) / (threads * ROWS) * ROWS, span = share < SPAN ? share : SPAN;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long first = 0; first < num_rows; first += span)
@@ -128,7 +199,7 @@ void slipstream_dense_linear(int kind, const uint8_t *weight, const uint16_t *sc
           const long at = n + r < num_rows ? n + r : num_rows - 1;
           rows[r] = (row){weight + at * row_bytes, scales + at * row_scales, row_scales ? width / row_scales : width};
         }
-        TILE_OF[kind][count - 1](rows, x + t * width, width, sum);
+        TILE_OF[kind][count - 1](rows, x + t * token, width, sum);
         for (int r = 0; r < ROWS && n + r < num_rows; r++)
           for (int i = 0; i < count; i++) out[(t + i) * num_rows + n + r] = sum[r][i];
       }
