@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from slipstream import LLM, KernelError, SamplingParams
+from slipstream import LLM, SamplingParams
 from tests.parity.test_architectures import all_logits
 from tests.parity.tiny import NEW_TOKENS, TINY, Tiny, make
 
 pytestmark = pytest.mark.gpu
-NO_CUDA_ATTENTION = (
-    "gpt_oss",
-    "gpt_oss-uneven",
-    "gemma2",
-)  # sinks, soft-capping: only the reference has them, until the Triton kernels
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -26,24 +21,20 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(params=[{}, {"page_size": 3, "max_num_batched_tokens": 7}], ids=["whole", "chunked"])
-def options(request: pytest.FixtureRequest, tiny: Tiny) -> dict[str, Any]:
-    found = {
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {
         "device": "cuda",
         "dtype": "float32",
         "kv_cache_memory_bytes": 8 << 20,
         "max_model_len": 128,
         **request.param,
     }
-    if tiny.folder.name in NO_CUDA_ATTENTION:
-        with pytest.raises(KernelError, match="never taken on CUDA"):
-            LLM(tiny.folder, **found)
-        found["attn_implementation"] = "reference"
-    return found
 
 
 def test_logits_and_greedy_tokens(tiny: Tiny, options: dict[str, Any]) -> None:
     llm = LLM(tiny.folder, **options)
     assert llm.plan.device.type == "cuda"
+    assert {c.op: c.name for c in llm.plan.choices}["attention"] == "triton"
     for mine, theirs in zip(all_logits(llm, tiny.prompts), tiny.logits, strict=True):
         torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=5e-4)
     params = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS, ignore_eos=True)

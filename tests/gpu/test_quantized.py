@@ -38,7 +38,7 @@ def test_gpt_oss_as_published(tmp_path: Path, dtype: str) -> None:
     folder = written("gpt_oss", tmp_path / "gpt_oss")
     publish(folder)
     want, _ = logits(folder, "cpu", dtype="float32")
-    got, llm = logits(folder, "cuda", dtype=dtype, attn_implementation="reference")
+    got, llm = logits(folder, "cuda", dtype=dtype)
     assert {c.op: c.name for c in llm.plan.choices}["linear[mxfp4]"] == "triton"
     assert {i.held for i in llm.plan.loads if len(i.shape) == 3} == {"mxfp4"}
     for mine, theirs in zip(got, want, strict=True):

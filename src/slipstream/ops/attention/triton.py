@@ -54,7 +54,7 @@ def attention(
         "HEAD_DIM": head_dim, "WIDTH": width,
     }  # fmt: skip
     split, most = splits(group.window, pages.shape[1] * group.page_size)
-    # Without fusion, so that two kernels have the same bits: the compiler chooses per kernel which products it fuses with sums.
+    # Which products the compiler fuses with sums, it chooses kernel by kernel. Without that, two have the same bits.
     options = {"SPLIT": split, "INVARIANT": invariant, "enable_fp_fusion": not invariant}
     with torch.cuda.device_of(q):  # Triton launches on the current device
         if not batch.decode_only:
@@ -81,7 +81,7 @@ def attention(
 
 
 def splits(window: int | None, longest: int) -> tuple[int, int]:
-    """Keys in a split, and the most splits of one sequence. Neither looks at how long the sequences are now."""
+    """Keys in a split, and the most splits of a sequence whose pages hold `longest` keys."""
     if window is None:
         return SPLIT, triton.cdiv(longest, SPLIT)
     if window <= SPLIT:
@@ -124,15 +124,9 @@ def _walk(  # type: ignore[no-untyped-def]
         key = at + columns
         inside = (key >= low) & (key < high)
         place = slots[:, None] * slot_stride + dims
-        if MASKED:
-            k = tl.load(keys + place, mask=inside[:, None] & (dims < HEAD_DIM), other=0)
-            v = tl.load(values + place, mask=inside[:, None] & (dims < HEAD_DIM), other=0)
-        elif HEAD_DIM < WIDTH:
-            k = tl.load(keys + place, mask=dims < HEAD_DIM, other=0)
-            v = tl.load(values + place, mask=dims < HEAD_DIM, other=0)
-        else:
-            k = tl.load(keys + place)
-            v = tl.load(values + place)
+        mask = (dims < HEAD_DIM) & inside[:, None] if MASKED else dims < HEAD_DIM
+        k = tl.load(keys + place, mask=mask, other=0)
+        v = tl.load(values + place, mask=mask, other=0)
         # The next tile's, now: so its keys and values can be fetched while this one is multiplied.
         slots = _slots(pages, key + BLOCK_N, low, high, PAGE)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
