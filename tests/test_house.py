@@ -21,7 +21,7 @@ ORDER = (
     "errors", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint",
     "tokenizer_gguf", "tokenizer", "sandbox", "chat", "harmony", "sources", "quantization",
     "layers", "models", "sequence", "scheduler", "hardware", "plan", "engine",
-    "conversation", "llm_batch", "llm", "async_llm", "evaluation", "jobs",
+    "conversation", "pump", "llm_batch", "llm", "async_llm", "evaluation", "jobs",
 )  # fmt: skip
 # The fronts stand below all of these. `cli` may import the others; they do not import each other.
 FRONTS = ("server", "bench", "tuning", "bridge", "cli")
@@ -48,7 +48,8 @@ LONGER = {
 
 # Where any exception at all is caught, and why. It is never lost: it goes into the result of the request that it ended.
 CATCHES_ALL = {
-    "llm_batch.py": "a caller's result handler may raise anything, and a failed pass ends only those that were in it",
+    "llm_batch.py": "a caller's result handler may raise anything, and only its own result is to say so",
+    "pump.py": "a failed pass ends only those that were in it",
     "engine/engine.py": "a caller's `deliver` may raise anything, and only its own request is to end",
     "async_llm.py": "one thread serves all tasks; what it catches is raised where the task waits",
 }

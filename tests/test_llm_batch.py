@@ -78,16 +78,22 @@ def test_an_endless_row_of_prompts_is_taken_as_there_is_room(llm: LLM, ordered: 
         assert (given == 1) == (len(output.outputs[0].token_ids) == 150) or not ordered
         most = max(most, taken - given)
         queued = max(queued, llm.snapshot().waiting)
-    assert most <= 16 * 3 and queued <= 3 * 3
+    assert most <= 16 * 3 and queued <= 3
     assert most > 40 if ordered else most < 16
     results.close()
+
+
+def test_whoever_ends_is_followed_in_the_next_step(llm: LLM) -> None:
+    steps = llm.snapshot().steps
+    waiting = [llm.snapshot().waiting for _ in llm.generate_batch(prompts_of(9), GREEDY)]
+    assert llm.snapshot().steps - steps == 3 * 8 and max(waiting) == 0
 
 
 def test_several_answers_count_as_several(llm: LLM) -> None:
     params = SamplingParams(n=5, seed=3, max_new_tokens=4, ignore_eos=True)
     results = llm.generate_batch(prompts_of(20), params)
     first = next(results)
-    assert llm.snapshot().waiting <= 9 + 5
+    assert llm.snapshot().waiting <= 3 + 5
     assert [c.finish_reason for c in first.outputs] == ["length"] * 5
     assert [len(o.outputs) for o in results] == [5] * 19
 
@@ -163,7 +169,7 @@ def test_left_early_nothing_stays(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
     aborted = llm.snapshot().finished["abort"]
     results = llm.generate_batch(prompts_of(30), lengths(30), ordered=False)
     next(results)
-    assert llm.snapshot().running and llm.snapshot().waiting
+    assert llm.snapshot().running == 2
     results.close()
     now = llm.snapshot()
     assert (now.running, now.waiting) == (0, 0) and now.finished["abort"] > aborted

@@ -1,25 +1,24 @@
-"""Many prompts through one engine: as many queued as it needs, each answered for itself, whatever happens to others."""
+"""Many prompts through one engine: results in order or as they finish, and a bar that says how far it is."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from slipstream.errors import RequestError, SlipstreamError
+from slipstream.errors import RequestError
+from slipstream.pump import Pump, Ride
 from slipstream.request import Completion, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from slipstream.engine.engine import Delta, Engine, Stream
+    from slipstream.engine.engine import Engine
     from slipstream.engine.snapshot import Snapshot
 
-_AHEAD = 3  # answers in the engine, as a multiple of those that can run together
-_HELD = 16  # the same for results that wait for one before them, or to be taken
+_HELD = 16  # results that wait for one before them, or to be taken, as a multiple of what can run together
 _APART = 0.1  # seconds between two reports of progress
 _MOMENT = 0.5  # seconds; what is done sooner shows no bar
 
@@ -70,76 +69,32 @@ class BatchRun:
         on_result: Callable[[RequestOutput], object] | None,
         report: Callable[[Snapshot, int], object] | None,
     ) -> None:
-        self._make, self._engine, self._asked = make, engine, asked
+        self._engine, self._asked = engine, asked
         self._ordered, self._on_result, self._report = ordered, on_result, report
-        self._max_queued = _AHEAD * engine.plan.max_num_seqs
+        self._pump: Pump[tuple[int, Pair]] = Pump(engine, lambda item: (make(*item[1]), None))
         self._max_held = _HELD * engine.plan.max_num_seqs
-        self._exhausted = False
-        self._taken = self._done = self._given = self._queued = 0
-        self._live: dict[int, Stream] = {}
-        self._ended: deque[int] = deque()
+        self._done = self._given = 0
         self._results: dict[int, RequestOutput] = {}
         self._reported = 0.0
 
     def results(self) -> Generator[RequestOutput, None, None]:
         """Runs the engine. Left early, for whatever reason, it cancels what is queued."""
-        try:
-            while True:
-                self._feed()
-                self._collect()
+        with contextlib.closing(self._pump.run(enumerate(self._asked), self._has_room)) as passes:
+            for ended in passes:
+                for ride in ended:
+                    self._finish(ride)
                 while (output := self._next_result()) is not None:
                     self._given += 1
                     yield output
-                if self._exhausted and not self._live:
-                    break
-                if self._live and not self._ended:
-                    self._step()
                 self._tell(_APART)
-            self._tell(0.0)
-        finally:
-            for stream in self._live.values():
-                stream.cancel()
+        self._tell(0.0)
 
-    def _feed(self) -> None:
-        while not self._exhausted and self._queued < self._max_queued and self._taken - self._given < self._max_held:
-            try:
-                prompt, params = next(self._asked)
-            except StopIteration:
-                self._exhausted = True
-                return
-            self._taken += 1
-            self._submit(self._taken - 1, prompt, params)
+    def _has_room(self) -> bool:
+        return self._pump.taken - self._given < self._max_held
 
-    def _submit(self, index: int, prompt: Any, params: SamplingParams | None) -> None:
-        request = None
-        try:
-            request = self._make(prompt, params)
-            stream = self._engine.submit(request, partial(_note_end, self._ended, index))
-        except SlipstreamError as e:
-            text = prompt if isinstance(prompt, str) else None
-            refused = Completion(0, finish_reason="error", error=str(e))
-            name, ids = (request.id, request.prompt_token_ids) if request is not None else (f"refused-{index}", ())
-            self._finish(index, RequestOutput(name, text, ids, [refused]))
-            return
-        self._live[index] = stream
-        self._queued += len(stream.answers)
-
-    def _step(self) -> None:
-        try:
-            ran = self._engine.step()
-        except Exception:  # the engine has ended those that were in the pass, and their results say why
-            return
-        if not ran and not self._ended:
-            raise AssertionError("an unfinished answer is in no queue")
-
-    def _collect(self) -> None:
-        while self._ended:
-            index = self._ended.popleft()
-            stream = self._live.pop(index)
-            self._queued -= len(stream.answers)
-            self._finish(index, stream.output)
-
-    def _finish(self, index: int, output: RequestOutput) -> None:
+    def _finish(self, ride: Ride[tuple[int, Pair]]) -> None:
+        index, (prompt, _) = ride.item
+        output = _refusal(index, prompt, ride) if ride.refused is not None else ride.output
         self._done += 1
         if self._on_result is not None:
             try:
@@ -160,9 +115,11 @@ class BatchRun:
             self._report(self._engine.snapshot(), self._done)
 
 
-def _note_end(ended: deque[int], index: int, stream: Stream, delta: Delta) -> None:
-    if delta.finish_reason is not None and stream.finished:
-        ended.append(index)
+def _refusal(index: int, prompt: Any, ride: Ride[Any]) -> RequestOutput:
+    refused = Completion(0, finish_reason="error", error=str(ride.refused))
+    text = prompt if isinstance(prompt, str) else None
+    request = ride.request or Request(f"refused-{index}", (), SamplingParams())
+    return RequestOutput(request.id, text, request.prompt_token_ids, [refused])
 
 
 class Bar:

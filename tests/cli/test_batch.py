@@ -52,6 +52,9 @@ def test_the_model_that_the_lines_name(slipstream: Run, model: str, tmp_path: Pa
     report = slipstream("batch", source, tmp_path / "out", "--json", *GREEDY).json
     assert (report["model"], report["lines"], report["answered"], report["errors"]) == (model, 3, 2, 1)
     assert (report["new_tokens"], report["resumed"], report["path"]) == (8, 0, str(tmp_path / "out"))
+    engine = report["engine"]
+    assert (engine["new_tokens"], engine["waiting"], engine["running"]) == (8, 0, 0)
+    assert engine["step_seconds"] == round(engine["step_seconds"], 3) > 0 and engine["pages"][0]["held"] == 0
     assert "one job runs one model" in read(tmp_path / "out")[2]["error"]["message"]
 
 

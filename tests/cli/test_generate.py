@@ -68,7 +68,7 @@ def test_every_sampling_option_reaches_the_sampler(
         n=2, temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, typical_p=0.95, repetition_penalty=1.1,
         presence_penalty=0.2, frequency_penalty=0.3, logit_bias={50: -1.5, 60: float("-inf")}, seed=7, min_new_tokens=1,
         max_new_tokens=9, stop=("zq", "\n"), stop_token_ids=(5, 6), include_stop_str_in_output=True, ignore_eos=True,
-        logprobs=1, prompt_logprobs=0, skip_special_tokens=False,
+        logprobs=1, prompt_logprobs=0, skip_special_tokens=False, deadline=600.5, priority=-2, cache_salt="mine",
     )  # fmt: skip
     for f in dataclasses.fields(SamplingParams):  # a new field must be given here, and so have an option
         assert getattr(given, f.name) != getattr(SamplingParams(), f.name), f.name
@@ -76,7 +76,8 @@ def test_every_sampling_option_reaches_the_sampler(
         --repetition-penalty 1.1
         --presence-penalty 0.2 --frequency-penalty 0.3 --logit-bias 50=-1.5 --logit-bias 60=-inf --seed 7
         --min-new-tokens 1 --max-new-tokens 9 --stop zq --stop-token-id 5 --stop-token-id 6
-        --include-stop-str-in-output --ignore-eos --logprobs 1 --prompt-logprobs 0 --no-skip-special-tokens""")
+        --include-stop-str-in-output --ignore-eos --logprobs 1 --prompt-logprobs 0 --no-skip-special-tokens
+        --deadline 600.5 --priority -2 --cache-salt mine --scheduling-policy priority""")
     assert slipstream("generate", model, "Tide", *words, "--stop", "\n").code == 0
     assert seen == [given]
 
@@ -88,13 +89,15 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
         device="cpu", dtype="float32", quantization="dequantize", max_model_len=64, max_num_seqs=3, max_num_batched_tokens=32,
         kv_cache_memory_bytes=3 << 20, gpu_memory_utilization=0.4, page_size=8, attn_implementation="sdpa",
         linear_implementation="torch", num_threads=1, enable_prefix_caching=False,
+        scheduling_policy="priority", batch_invariant=True,
     )  # fmt: skip
     for f in dataclasses.fields(EngineConfig):
         if f.name != "seed":  # --seed is the request's
             assert getattr(given, f.name) != getattr(EngineConfig(), f.name), f.name
     words = shlex.split("""--device cpu --dtype float32 --quantization dequantize --max-model-len 64 --max-num-seqs 3
         --max-num-batched-tokens 32 --kv-cache-memory-bytes 3MiB --gpu-memory-utilization 0.4 --page-size 8
-        --attn-implementation sdpa --linear-implementation torch --num-threads 1 --no-enable-prefix-caching""")
+        --attn-implementation sdpa --linear-implementation torch --num-threads 1 --no-enable-prefix-caching
+        --scheduling-policy priority --batch-invariant""")
     for command in (["generate", model, "x"], ["chat", model], ["explain", model]):
         with pytest.raises(ZeroDivisionError):  # a bug of ours is not dressed up as a mistake of the user
             slipstream(*command, *words)
@@ -130,6 +133,22 @@ def test_several_answers_stand_under_headers(slipstream: Run, model: str) -> Non
     assert len(set(texts)) == 3
     out = slipstream(*words).out
     assert out == "\n".join(f"--- answer {i + 1} of 3 (length)\n{text}\n" for i, text in enumerate(texts))
+
+
+def test_a_deadline_that_cuts_says_so(slipstream: Run, model: str) -> None:
+    words = ("generate", model, "The tide", "--max-new-tokens", 1000, "--ignore-eos", "--deadline", 0.2)
+    ran = slipstream(*words)
+    assert ran.code == 0 and ran.err.endswith("\nthe deadline of 0.2 s cut the answer off\n"), ran.err
+    several = slipstream(*words, "--n", 2, "--seed", 0)
+    assert several.out.startswith("--- answer 1 of 2 (deadline)\n") and several.err.endswith("cut 2 of 2 answers off\n")
+    ran = slipstream(*words, "--json")
+    (answer,) = ran.json["outputs"]
+    assert (answer["finish_reason"], answer["stop_reason"]) == ("abort", "deadline") and "deadline" in ran.err
+    assert 0 < len(answer["token_ids"]) < 1000
+    chat = slipstream("chat", model, *words[3:], "--json", stdin="Hello\n")
+    assert chat.json["stop_reason"] == "deadline" and chat.err == "the deadline of 0.2 s cut the answer off\n"
+    kind = slipstream("generate", model, "x", "--stop", "deadline", "--max-new-tokens", 2)
+    assert "cut" not in kind.err
 
 
 def test_logprobs_are_printed_after_the_answer(slipstream: Run, model: str) -> None:

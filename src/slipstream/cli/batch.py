@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -75,7 +75,7 @@ def batch(
         note(f"\nstopped; all finished answers are kept. Run the same command again to go on and make {out_file}")
         raise
     if as_json:
-        print_json({"model": name, **plain(report)})
+        print_json({"model": name, **plain(report), "engine": rounded(llm.snapshot().to_dict())})
     else:
         write(summary(report) + "\n")
 
@@ -86,6 +86,11 @@ def summary(r: JobReport) -> str:
     parts = [f"{r.answered} of {r.lines} lines answered{earlier}", f"{r.errors} errors"]
     parts += [f"{r.prompt_tokens} prompt tokens", f"{r.new_tokens} new tokens"]
     return ", ".join([*parts, f"{r.seconds:.1f} s", f"{r.tokens_per_second:.1f} tokens/s"]) + f": {r.path}"
+
+
+def rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and rates to three places."""
+    return {name: round(v, 3) if isinstance(v, float) else v for name, v in values.items()}
 
 
 class _Bar(Bar):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slipstream.cli.options import AsJson, EngineOptions, Model, ReasoningEffort, SamplingOptions, System, flat
 from slipstream.cli.show import note, print_json
-from slipstream.cli.stream import print_stream
+from slipstream.cli.stream import note_late, print_stream
 from slipstream.errors import RequestError, SlipstreamError
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class Conversation:
                     "usage": usage(self._llm, output),
                 }
             )
+        note_late(output, self._params.deadline)
         if completion.finish_reason == "error":
             raise SlipstreamError(f"the answer broke off: {completion.error}")
 

@@ -11,7 +11,7 @@ import typer
 
 from slipstream.cli.options import AnswerOptions, AsJson, EngineOptions, Model, ReasoningEffort, System, flat
 from slipstream.cli.show import Table, note, plain, print_json, print_tables, write
-from slipstream.cli.stream import print_stream
+from slipstream.cli.stream import is_late, note_late, print_stream
 from slipstream.errors import RequestError
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def generate(
     else:
         _print_rest(llm, output)
         note(summary(used))
+    note_late(output, params.deadline)
     failed = [c.error for c in output.outputs if c.finish_reason == "error"]
     if failed:
         note(f"error: {failed[0]}")
@@ -116,7 +117,8 @@ def _print_rest(llm: LLM, output: RequestOutput) -> None:
     answers = [a.content for a in getattr(output, "answers", [])] or [c.text for c in output.outputs]
     for c, answer in zip(output.outputs, answers, strict=True):
         if len(answers) > 1:
-            write(f"{'' if c.index == 0 else chr(10)}--- answer {c.index + 1} of {len(answers)} ({c.finish_reason})\n")
+            end = "deadline" if is_late(c) else c.finish_reason
+            write(f"{'' if c.index == 0 else chr(10)}--- answer {c.index + 1} of {len(answers)} ({end})\n")
             write(f"{answer}\n")
     if output.prompt_logprobs is not None:
         _print_logprobs(llm, "log-probabilities of the prompt", output.prompt_token_ids, output.prompt_logprobs)

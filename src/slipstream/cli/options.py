@@ -135,6 +135,12 @@ class SamplingOptions:
     skip_special_tokens: Annotated[
         bool | None, _sampling("Whether to leave special tokens out of the text. Default: leave them out.")
     ] = None
+    deadline: Annotated[
+        float | None,
+        _sampling(
+            "End the answer when it is not done by then; what there is of it stays. Default: none.", metavar="SECONDS"
+        ),
+    ] = None
 
     def changes(self) -> dict[str, Any]:
         """What was given, as SamplingParams spells it.
@@ -171,6 +177,18 @@ class AnswerOptions(SamplingOptions):
     prompt_logprobs: Annotated[
         int | None, typer.Option(metavar="K", help="The same for the tokens of the prompt.", show_default=False)
     ] = None
+    priority: Annotated[
+        int | None,
+        typer.Option(help="Lower goes first, with --scheduling-policy priority. Default: 0.", show_default=False),
+    ] = None
+    cache_salt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Share what is in the cache only where this is the same. Default: none.",
+            show_default=False,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +224,8 @@ class EngineOptions:
         float | None, _engine("Part of the free memory that may be used, up to 1. Default: 0.9, on a CPU at most 0.5.")
     ] = None
     page_size: Annotated[
-        int | None, _engine("Tokens in a page of the KV cache. Default: what suits the model's windows.", metavar="TOKENS")
+        int | None,
+        _engine("Tokens in a page of the KV cache. Default: what suits the model's windows.", metavar="TOKENS"),
     ] = None
     enable_prefix_caching: Annotated[
         bool | None,

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from slipstream.cli.show import dim, safe
+from slipstream.cli.show import dim, note, safe
 
 if TYPE_CHECKING:
     from slipstream.conversation import ChatDelta
     from slipstream.engine.engine import Delta
+    from slipstream.request import Completion, RequestOutput
 
 
 def print_stream(stream: Iterable[ChatDelta | Delta]) -> None:
@@ -37,3 +38,16 @@ def print_stream(stream: Iterable[ChatDelta | Delta]) -> None:
     finally:
         out.write("\n")
         out.flush()
+
+
+def is_late(c: Completion) -> bool:
+    """Whether its deadline ended the answer. A stop string may be the word deadline too, but it ends in `stop`."""
+    return (c.finish_reason, c.stop_reason) == ("abort", "deadline")
+
+
+def note_late(output: RequestOutput, deadline: float | None) -> None:
+    """Say so where answers were cut off by their deadline."""
+    late, total = sum(map(is_late, output.outputs)), len(output.outputs)
+    if late:
+        which = "the answer" if total == 1 else f"{late} of {total} answers"
+        note(f"the deadline of {deadline:g} s cut {which} off")

@@ -92,7 +92,8 @@ def _chat_choice(output: RequestOutput, c: Completion, line: Line, tokenizer: To
         ]  # fmt: skip
     logprobs = None if c.logprobs is None else {"content": [_chat_logprob(p, tokenizer) for p in c.logprobs]}
     reason = "tool_calls" if part.tool_calls and c.finish_reason == "stop" else c.finish_reason
-    return {"index": c.index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+    ends = {"finish_reason": reason, "stop_reason": c.stop_reason}
+    return {"index": c.index, "message": message, "logprobs": logprobs, **ends}
 
 
 def _chat_logprob(p: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -105,7 +106,8 @@ def _chat_logprob(p: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _choice(c: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
     logprobs = None if c.logprobs is None else _logprobs(c.logprobs, tokenizer)
-    return {"index": c.index, "text": c.text, "logprobs": logprobs, "finish_reason": c.finish_reason}
+    ends = {"finish_reason": c.finish_reason, "stop_reason": c.stop_reason}
+    return {"index": c.index, "text": c.text, "logprobs": logprobs, **ends}
 
 
 def _logprobs(values: Sequence[TokenLogprob], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -15,24 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slipstream.checkpoint.save import sync_folder
-from slipstream.errors import ConfigError, SlipstreamError
+from slipstream.errors import ConfigError
 from slipstream.jobs.answers import answer, failure
 from slipstream.jobs.journal import NAME, Journal
 from slipstream.jobs.lines import Input, Line, parse_line, raw_lines, read_input, read_task
+from slipstream.pump import Pump, Ride
 from slipstream.quantization.folder import check_parent, disk_errors, hidden_beside, workplace
-from slipstream.request import RequestOutput, SamplingParams
+from slipstream.request import Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from slipstream.checkpoint.tensors import TensorInfo
-    from slipstream.conversation import ChatStream
-    from slipstream.engine.engine import Stream
+    from slipstream.conversation import Parser
     from slipstream.llm import LLM
 
 Progress = Callable[[int, int, int], None]
 VERSION = 1
-_AHEAD = 2  # times max_num_seqs answers in the engine, so that one that ends is followed at once
 _FAILURES = 16  # passes in a row that raise before it is the machine's fault, not a line's
 _PROBE = 64  # bytes of each tensor that tell one model from another
+_ENGINE = "dtype", "quantization", "max_model_len", "seed", "batch_invariant", "scheduling_policy"
+_ONLY_WHEN = "priority", "cache_salt"  # decide when a line is answered, and not how
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,10 @@ def run_batch(
 
     What is answered is kept in a journal in the hidden folder `.OUT.partial` beside the output. A run that was killed goes
     on from there when it is called again with the same input and settings. `out_path` appears whole, at the end.
+
+    A few lines are queued at a time, in the order of the file. A line's `deadline` counts from when it is queued, so not while
+    the job is at other lines, and anew when it is tried again; its answer then says abort and deadline, and is not asked for
+    again. `priority` decides among the lines that are queued.
 
     Args:
         in_path: one JSON object a line: OpenAI's batch format, or `prompt` or `messages` with any field of SamplingParams.
@@ -139,11 +144,12 @@ def _settings(llm: LLM, given: Input, bases: tuple[SamplingParams, SamplingParam
         for source in load.sources:
             for part in source.parts or (source,):
                 digest.update(_probe(part))
-    engine = {n: getattr(llm.plan.asked, n) for n in ("dtype", "quantization", "max_model_len", "seed")}
+    engine = {n: getattr(llm.plan.asked, n) for n in _ENGINE}
     return {"model": digest.hexdigest()[:16], **engine} | {
         f"{name}{end}": value
         for base, end in zip(bases, ("", " in chats"), strict=True)
         for name, value in dataclasses.asdict(base).items()
+        if name not in _ONLY_WHEN
     }
 
 
@@ -175,19 +181,7 @@ def _publish(journal: Journal, hidden: Path, out: Path, *, overwrite: bool) -> N
         journal.remove()
 
 
-@dataclass(eq=False, slots=True)
-class _Open:
-    """A line that is being answered."""
-
-    index: int
-    line: Line
-    stream: Stream
-    chat: ChatStream | None
-    alone: bool
-
-    @property
-    def output(self) -> RequestOutput:
-        return self.stream.output if self.chat is None else self.chat.output
+Item = tuple[int, Line]  # a line, and which one it is of those that are not blank
 
 
 class _Run:
@@ -203,26 +197,33 @@ class _Run:
     ) -> None:
         self.llm, self.given, self.journal, self.bases = llm, given, journal, bases
         self.progress = progress or (lambda done, total, tokens: None)
-        self.open: list[_Open] = []
-        self.again: deque[tuple[int, Line]] = deque()  # were in a pass that raised; whose fault it was shows alone
-        self.failures = 0
+        self.pump = Pump(llm.engine, self._make, _FAILURES)
+        self.again: deque[Item] = deque()  # were in a pass that raised; whose fault it was shows alone
 
     def go(self) -> None:
         """Answer what the journal has not. Whatever stops it, the journal holds every answer that was finished."""
         with contextlib.closing(self._left()) as left:
-            try:
-                self._fill(left)
-                while self.open:
-                    self._step()
-                    self._collect()
-                    self._fill(left)
-                    self._show()
-            finally:
-                for one in self.open:
-                    one.stream.cancel()
-        self._show()
+            self._answer(self._until_trouble(left))
+            while self.again:
+                self._answer(iter([self.again.popleft()]), alone=True)
+                if not self.again:
+                    self._answer(self._until_trouble(left))
 
-    def _left(self) -> Generator[tuple[int, Line], None, None]:
+    def _answer(self, items: Iterator[Item], *, alone: bool = False) -> None:
+        with contextlib.closing(self.pump.run(items)) as passes:
+            for ended in passes:
+                for ride in ended:
+                    if ride.broken and not alone:
+                        self.again.append(ride.item)
+                    else:
+                        self._keep(ride)
+                self._show()
+
+    def _until_trouble(self, left: Iterator[Item]) -> Iterator[Item]:
+        while not self.again and (item := next(left, None)) is not None:
+            yield item
+
+    def _left(self) -> Generator[Item, None, None]:
         digest = hashlib.sha256()
         index = -1
         for index, (number, raw) in enumerate(raw_lines(self.given.path, digest)):
@@ -236,68 +237,27 @@ class _Run:
                 "with --overwrite"
             )
 
-    def _fill(self, left: Iterator[tuple[int, Line]]) -> None:
-        while self.again and not self.open:
-            self._submit(*self.again.popleft(), alone=True)
-        if self.again or any(one.alone for one in self.open):
+    def _make(self, item: Item) -> tuple[Request, list[Parser] | None]:
+        task = read_task(item[1], self.given.model)
+        params = self.bases[task.messages is not None].replace(**task.changes)
+        if task.messages is None:
+            return self.llm.make_request(task.prompt, params), None
+        return self.llm.make_chat_request(task.messages, params, **task.options)
+
+    def _keep(self, ride: Ride[Item]) -> None:
+        index, line = ride.item
+        if ride.refused is not None:
+            self.journal.add(index, failure(line, ride.refused), good=False, prompt_tokens=0, new_tokens=0)
             return
-        most = _AHEAD * self.llm.plan.max_num_seqs
-        while sum(len(one.stream.answers) for one in self.open) < most:
-            item = next(left, None)
-            if item is None:
-                return
-            self._submit(*item)
-
-    def _submit(self, index: int, line: Line, *, alone: bool = False) -> None:
-        try:
-            task = read_task(line, self.given.model)
-            base = self.bases[task.messages is not None]
-            params = base.replace(**task.changes)
-            if task.messages is None:
-                stream = self.llm.submit(task.prompt, params)
-                self.open.append(_Open(index, line, stream, None, alone))
-            else:
-                chat = self.llm.submit_chat(task.messages, params, **task.options)
-                self.open.append(_Open(index, line, chat.stream, chat, alone))
-        except SlipstreamError as e:
-            self.journal.add(index, failure(line, e), good=False, prompt_tokens=0, new_tokens=0)
-
-    def _step(self) -> None:
-        """One pass. One that raises ends whatever was in it; each of these lines is then tried once more, alone."""
-        try:
-            self.llm.engine.step()
-            self.failures = 0
-        except Exception:
-            self.failures += 1
-            if self.failures >= _FAILURES:
-                raise
-            lost = [one for one in self.open if not one.alone and _error(one.stream.output) is not None]
-            for one in lost:
-                one.stream.cancel()
-                self.again.append((one.index, one.line))
-            self.open = [one for one in self.open if one not in lost]
-
-    def _collect(self) -> None:
-        for one in self.open:
-            while one.stream.pending:
-                delta = one.stream.pending.popleft()
-                if one.chat is not None:
-                    one.chat.feed(delta)
-        finished = [one for one in self.open if one.stream.finished]
-        for one in finished:
-            output = one.output
-            new = sum(len(c.token_ids) for c in output.outputs)
-            error = _error(output)
-            if error is None:
-                value = answer(one.line, output, self.given.model, self.llm.tokenizer)
-            else:
-                value = failure(one.line, error)
-            prompt = len(output.prompt_token_ids)
-            self.journal.add(one.index, value, good=error is None, prompt_tokens=prompt, new_tokens=new)
-            self.open.remove(one)
+        output = ride.output
+        new = sum(len(c.token_ids) for c in output.outputs)
+        error = _error(output)
+        value = failure(line, error) if error else answer(line, output, self.given.model, self.llm.tokenizer)
+        prompt = len(output.prompt_token_ids)
+        self.journal.add(index, value, good=error is None, prompt_tokens=prompt, new_tokens=new)
 
     def _show(self) -> None:
-        writing = sum(len(c.token_ids) for one in self.open for c in one.stream.output.outputs)
+        writing = sum(len(c.token_ids) for stream in self.pump.live for c in stream.output.outputs)
         self.progress(self.journal.done, self.given.lines, self.journal.new_tokens + writing)
 
 
