@@ -3,6 +3,7 @@ Run with: pytest -m gpu tests/gpu/test_attention.py"""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,8 +137,8 @@ def test_slots_beyond_two_billion_numbers() -> None:
     cache[:, far * 16 : far * 16 + len(keys)] = torch.stack((keys, values))
     wanted = module.attention(q, keys, values, batch, group, scale=0.1)
     pages, first = group.page_table
-    group.__dict__["page_table"] = (pages + far, first)
-    assert torch.equal(module.attention(q, *cache, batch, group, scale=0.1), wanted)
+    moved: Any = SimpleNamespace(page_table=(pages + far, first), page_size=16, window=None)
+    assert torch.equal(module.attention(q, *cache, batch, moved, scale=0.1), wanted)
 
 
 def test_it_is_what_is_chosen() -> None:

@@ -68,7 +68,7 @@ def attention(
             if most > 1:
                 tops, norms = torch.empty(2, sequences, heads, most, dtype=torch.float32, device=q.device)
                 parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
-            layout = tiles(share, width, q.dtype, True, invariant)
+            layout = tiles(share, width, q.dtype, True, invariant, group.window)
             _attend[sequences * kv_heads, most](
                 *tensors, tops, norms, parts, *numbers, **shape, **layout, **options, DECODE=True
             )
@@ -89,7 +89,9 @@ def splits(window: int | None, longest: int) -> tuple[int, int]:
     return SPLIT, triton.cdiv(min(window, longest), SPLIT) + 1  # it need not begin where a split does
 
 
-def tiles(share: int, width: int, dtype: torch.dtype, decode: bool, invariant: bool) -> dict[str, int]:
+def tiles(
+    share: int, width: int, dtype: torch.dtype, decode: bool, invariant: bool, window: int | None = None
+) -> dict[str, int]:
     """Rows and keys of a tile, and how it is worked on: the best of a sweep on an H100."""
     rows = triton.next_power_of_2(share)
     if dtype == torch.float32:  # exact, so without tensor cores: all operands go through registers
@@ -99,7 +101,8 @@ def tiles(share: int, width: int, dtype: torch.dtype, decode: bool, invariant: b
         layout = {"BLOCK_M": max(64, rows), "BLOCK_N": 64, "num_warps": 8 if width > 128 else 4}
         return layout | {"num_stages": 3 if decode and width <= 128 else 2}
     if decode:
-        return {"BLOCK_M": max(16, rows), "BLOCK_N": 128 if width <= 64 else 64, "num_warps": 4, "num_stages": 3}
+        wide = width <= 64 and window is None  # few keys fill narrow tiles better
+        return {"BLOCK_M": max(16, rows), "BLOCK_N": 128 if wide else 64, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": max(128, rows), "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if width > 128 else 3}
 
 
