@@ -28,16 +28,39 @@ class Context:
 
 @dataclass(eq=False)
 class GroupBatch:
-    """What is particular to one cache group."""
+    """What is particular to one cache group. What only some implementations of attention look at is made on first use, and
+    shared by the group's layers."""
 
-    window: int | None
-    tables: tuple[PageTable, ...]
+    group: CacheGroup
     page_size: int
+    tables: tuple[PageTable, ...]  # one for each sequence
+    ranges: tuple[tuple[int, int], ...]  # and the positions of its tokens: start, end
+    pages: Tensor  # (sequences, most pages of one) int32, filled up with 0
+    first_pages: Tensor  # (sequences,) int32: the logical page that each row begins with
     slots: Tensor  # (tokens,) int64: where each token's key and value are written
-    contexts: tuple[Context, ...]  # one for each sequence
-    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(
-        default_factory=dict
-    )  # made on first use, shared by the group's layers
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @property
+    def window(self) -> int | None:
+        return self.group.window
+
+    @property
+    def page_table(self) -> tuple[Tensor, Tensor]:
+        return self.pages, self.first_pages
+
+    @cached_property
+    def contexts(self) -> tuple[Context, ...]:
+        """What each sequence's queries may look at."""
+        return tuple(map(self._context, self.tables, self.ranges))
+
+    def _context(self, table: PageTable, positions: tuple[int, int]) -> Context:
+        (start, end), size = positions, self.page_size
+        first, base = self.group.first_visible(start), table.first * size
+        if neighbours(table.pages):
+            shift = table.pages[0] * size - base
+            return Context(first, end, slice(first + shift, end + shift))
+        where = (torch.tensor(table.pages)[:, None] * size + torch.arange(size)).flatten()[first - base : end - base]
+        return Context(first, end, where.to(self.slots.device))
 
     @cached_property
     def padding_is_small(self) -> bool:
@@ -60,16 +83,6 @@ class GroupBatch:
             index[i, len(slots) :] = slots[0]
             real[i, : len(slots)] = True
         return index.to(self.slots.device), real.to(self.slots.device)
-
-    @cached_property
-    def page_table(self) -> tuple[Tensor, Tensor]:
-        """For kernels that find the pages themselves: pages (sequences, most pages of one) int32, filled up with 0, and the
-        logical page that each row begins with, (sequences,) int32."""
-        pages = torch.zeros(len(self.tables), max(len(t.pages) for t in self.tables), dtype=torch.int32)
-        for row, table in zip(pages, self.tables, strict=True):
-            row[: len(table.pages)] = torch.tensor(table.pages, dtype=torch.int32)
-        first = torch.tensor([t.first for t in self.tables], dtype=torch.int32)
-        return pages.to(self.slots.device), first.to(self.slots.device)
 
     def mask(self, sequence: int, start: int, end: int, dtype: torch.dtype = torch.bool) -> Tensor:
         """(queries, keys): which of the context's keys each query at positions start..end-1 may see; as a float dtype,
@@ -115,7 +128,9 @@ class Batch:
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """`query_starts` (sequences + 1,) and `starts` (sequences,) on the device, int32."""
-        found = (torch.tensor(v, dtype=torch.int32, device=self.token_ids.device) for v in (self.query_starts, self.starts))
+        found = (
+            torch.tensor(v, dtype=torch.int32, device=self.token_ids.device) for v in (self.query_starts, self.starts)
+        )
         return next(found), next(found)
 
     @cached_property
@@ -144,13 +159,16 @@ def build_batch(
         token_ids.extend(c.token_ids)
         positions.extend(range(c.start, c.end))
         query_starts.append(len(token_ids))
+    starts = tuple(c.start for c in chunks)
+    where = torch.tensor(positions)
+    rows_of = torch.repeat_interleave(torch.tensor([len(c.token_ids) for c in chunks]))
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.tensor(positions, device=device),
+        positions=where.to(device),
         query_starts=tuple(query_starts),
-        starts=tuple(c.start for c in chunks),
+        starts=starts,
         logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        groups=tuple(_group(i, g, chunks, page_size, device) for i, g in enumerate(groups)),
+        groups=tuple(_group(i, g, chunks, page_size, device, where, rows_of) for i, g in enumerate(groups)),
     )
 
 
@@ -160,21 +178,19 @@ def neighbours(pages: tuple[int, ...]) -> bool:
     return high - low == len(pages) and pages == tuple(range(low, high))
 
 
-def _group(index: int, group: CacheGroup, chunks: Sequence[Chunk], page_size: int, device: torch.device) -> GroupBatch:
-    slots: list[int] = []
-    contexts: list[Context] = []
-    offsets = torch.arange(page_size)
-    for c in chunks:
-        table = c.tables[index]
-        base = table.first * page_size
-        first = group.first_visible(c.start)
-        if neighbours(table.pages):
-            shift = table.pages[0] * page_size - base
-            slots.extend(range(c.start + shift, c.end + shift))
-            contexts.append(Context(first, c.end, slice(first + shift, c.end + shift)))
-            continue
-        where = (torch.tensor(table.pages)[:, None] * page_size + offsets).flatten()[first - base : c.end - base]
-        slots.extend(where[c.start - first :].tolist())
-        contexts.append(Context(first, c.end, where.to(device)))
+def _group(
+    index: int,
+    group: CacheGroup,
+    chunks: Sequence[Chunk],
+    size: int,
+    device: torch.device,
+    positions: Tensor,
+    rows: Tensor,
+) -> GroupBatch:
     tables = tuple(c.tables[index] for c in chunks)
-    return GroupBatch(group.window, tables, page_size, torch.tensor(slots, device=device), tuple(contexts))
+    most = max(len(t.pages) for t in tables)
+    pages = torch.tensor([t.pages + (0,) * (most - len(t.pages)) for t in tables], dtype=torch.int32)
+    first = torch.tensor([t.first for t in tables], dtype=torch.int32)
+    slots = pages[rows, positions // size - first[rows]].long() * size + positions % size
+    ranges = tuple((c.start, c.end) for c in chunks)
+    return GroupBatch(group, size, tables, ranges, pages.to(device), first.to(device), slots.to(device))
