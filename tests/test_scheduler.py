@@ -615,6 +615,16 @@ def test_the_lower_priority_goes_first_and_equals_as_they_came() -> None:
     assert order(s) == [3, 5, 1, 4, 2]
 
 
+def test_a_queue_keeps_nothing_of_those_that_left() -> None:
+    s = scheduler(max_num_seqs=1, policy="priority")
+    numbers(s, 0, 9)
+    for _ in range(1000):
+        (seq,) = numbers(s, 5)
+        s.finish(seq, "abort")
+    assert len(s.waiting) == 2 and len(s.waiting._heap) < 100
+    assert order(s) == [1, 2]
+
+
 def test_priorities_that_are_off_are_refused() -> None:
     s = scheduler()
     with pytest.raises(RequestError, match="scheduling_policy"):

@@ -102,3 +102,6 @@ class Waiting:
         """It does not wait any more, if it did."""
         if self._new.pop(seq.id, None) is None and seq in self._back:
             self._back.remove(seq)
+        if len(self._heap) > 2 * len(self._new) + 64:  # many left from the middle of the queue
+            self._heap = [(other.params.priority, other.id) for other in self._new.values()]
+            heapq.heapify(self._heap)

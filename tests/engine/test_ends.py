@@ -100,6 +100,17 @@ def test_a_callback_that_raises_ends_its_own_request(llm: LLM, at: int) -> None:
     assert bad.finished and llm.snapshot().finished == {"stop": 0, "length": 2, "abort": 0, "error": 1}
 
 
+def test_a_callback_cannot_run_the_engine(llm: LLM) -> None:
+    """The answers of the pass it is called in would come in another order."""
+    want = llm.generate("the tide", GREEDY)
+    bad = llm.engine.submit(llm.make_request("the tide", GREEDY), lambda stream, delta: llm.generate("sea", GREEDY))
+    good = llm.submit("the tide", GREEDY)
+    assert good.result().text == want.text
+    (c,) = bad.output.outputs
+    assert c.finish_reason == "error" and c.error is not None and "cannot run the engine" in c.error
+    assert llm.generate("the tide", GREEDY).text == want.text
+
+
 def test_answers_that_were_delivered_before_stay(llm: LLM) -> None:
     params = SamplingParams(n=2, seed=0, max_new_tokens=20, ignore_eos=True, logit_bias={50: 0.0})
 

@@ -116,6 +116,7 @@ class Engine:
         self._answers: dict[int, _Answer] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap: when, and whose sequence
         self._lock = threading.RLock()  # any thread may submit, step and cancel; one at a time does
+        self._stepping = False
         self._seeds = None if plan.asked.seed is None else _seeds(plan.asked.seed)
         self._rate, self._started = Rate(), time.perf_counter()
 
@@ -124,8 +125,8 @@ class Engine:
 
         Args:
             deliver: is called with the stream and each delta as it is made, in the thread that runs the step, which waits
-                for it. If it raises, the request ends in `error`, and it is not called again. Whoever gives it does not
-                iterate the stream.
+                for it. It may submit and cancel, but not run the engine. If it raises, the request ends in `error`, and
+                it is not called again. Whoever gives it does not iterate the stream.
 
         Raises:
             RequestError: it names tokens that do not exist, or is longer than max_model_len.
@@ -179,12 +180,18 @@ class Engine:
         An interrupt (Ctrl-C) ends them with `abort`, anything else with `error`; the engine stays usable.
         """
         with self._lock:
+            if self._stepping:
+                raise RequestError(
+                    "deliver: a callback runs inside a step, so it cannot run the engine itself; keep what came, and ask for "
+                    "more after the step"
+                )
             counters = self.scheduler.counters
             self._rate.begin(time.perf_counter(), counters.prompt_tokens, counters.new_tokens)
-            ran = True
+            ran = self._stepping = True
             try:
                 ran = self._step()
             finally:
+                self._stepping = False
                 if ran:
                     self._rate.end(time.perf_counter())
             return ran
