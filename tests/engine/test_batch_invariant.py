@@ -20,11 +20,11 @@ from slipstream.request import Step
 from tests.parity.test_mxfp4 import SIZES, publish
 from tests.parity.tiny import TINY, save
 
-NEW = 5
+NEW = 9
 WIDE = SIZES | {"hidden_size": 192, "moe_intermediate_size": 64, "head_dim": 32}  # rows of a multiple of 64
 # Longer and shorter than the windows; the last ones begin as another does.
 LONG = [(i * i + 3) % 90 + 5 for i in range(75)]
-PROMPTS = [[11], LONG, [7, 3, 90, 4, 4, 61], list(range(20, 53)), LONG[:44], LONG[:70] + [8, 9]]
+PROMPTS = [[11], LONG, [7, 3, 90, 4, 4, 61], list(range(20, 53)), LONG[:44], [*LONG[:70], 8, 9]]
 PARAMS = [
     SamplingParams(temperature=0, max_new_tokens=NEW, ignore_eos=True, prompt_logprobs=0),
     SamplingParams(seed=5, temperature=1.3, max_new_tokens=NEW, ignore_eos=True),
@@ -34,12 +34,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in chunks of 1": {"max_num_batched_tokens": 1},
     "in chunks of 7, pages of 3": {"max_num_batched_tokens": 7, "page_size": 3},
     "two at a time, pages of 5": {"max_num_seqs": 2, "page_size": 5},
-    "without room": {"page_size": 2, "max_num_batched_tokens": 16, "max_model_len": 84},
+    "without room": {"page_size": 2, "max_num_batched_tokens": 16, "max_model_len": 90},
     "nothing is kept": {"enable_prefix_caching": False},
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, float32": ("llama", {}),
-    "hybrid, float32": ("hybrid", {}),
     "hybrid, bfloat16": ("hybrid", {"dtype": "bfloat16"}),
     "gpt-oss, mxfp4, bfloat16": ("gpt_oss", {"dtype": "bfloat16"}),
     "gemma2, int8, bfloat16": ("gemma2", {"dtype": "bfloat16", "quantization": "int8"}),
@@ -49,7 +48,9 @@ Found = dict[tuple[int, ...], Tensor]
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Found]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], Found]:
     """A model, and the logits of every request made alone."""
     why = native.build("dense", strict=True)
     if isinstance(why, str):
@@ -130,7 +131,8 @@ def test_the_logits_are_those_made_alone(case: tuple[Path, dict[str, Any], Found
     if variant == "without room":
         groups = load(folder, **options).plan.groups
         itemsize = 2 if options.get("dtype") == "bfloat16" else 4
-        changes["kv_cache_memory_bytes"] = 95 * sum(g.bytes_per_token(itemsize) for g in groups)
+        room = 170 if folder.name.startswith("hybrid") else 110  # tokens: two run together, and outgrow it
+        changes["kv_cache_memory_bytes"] = room * sum(g.bytes_per_token(itemsize) for g in groups)
     llm = load(folder, **options, **changes)
     same(want, together(llm))
     same(want, together(llm, lambda all: all[::-1]))  # what the first left in the cache is there
@@ -168,7 +170,7 @@ def test_the_plan_says_so(llama: Path) -> None:
     assert "asked for" in plan.why["batch_invariant"]
     names = {c.op: c.name for c in plan.choices}
     assert names == {
-        "norm": "reference", "rope": "reference", "store_kv": "torch", "attention": "native_invariant",
+        "norm": "reference", "rope": "reference", "store_kv": "torch", "attention": "native",
         "activation": "native_invariant", "sampling": "reference", "linear[dense]": "native_invariant",
     }  # fmt: skip
     for c in plan.choices:
@@ -176,7 +178,7 @@ def test_the_plan_says_so(llama: Path) -> None:
             assert why and (name, why) != ("torch", "None")
     normal = load(llama, batch_invariant=False).plan
     assert "batch_invariant" not in normal.why
-    assert not any(c.name.endswith("_invariant") for c in normal.choices)
+    assert not any("invariant" in c.name for c in normal.choices)
 
 
 @pytest.mark.parametrize("forced", [{"attn_implementation": "sdpa"}, {"linear_implementation": "torch"}])

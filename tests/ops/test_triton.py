@@ -273,7 +273,9 @@ def test_dense_compiles_for_hopper(dtype: str, monkeypatch: pytest.MonkeyPatch, 
     signature = {a: "constexpr" if a in sizes else f"*{dtype}" if a in pointers else "i32" for a in _dense.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(_dense.arg_names) if a in (*pointers, "width")}
     options = {k: v for k, v in TILE.items() if k not in sizes}
-    made = triton.compile(ASTSource(_dense, signature, sizes, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+    made = triton.compile(
+        ASTSource(_dense, signature, sizes, aligned), target=GPUTarget("cuda", 90, 32), options=options
+    )
     ptx = made.asm["ptx"]
     assert ("wgmma.mma_async" in ptx) == (dtype != "fp32") and "tf32" not in ptx
     assert made.metadata.shared <= 100 << 10

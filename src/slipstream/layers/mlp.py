@@ -54,9 +54,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
         ids, weights = self.route(self.router(x))
-        return self.experts(
-            x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
-        )
+        return self.experts(x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, experts) -> ids, weights (tokens, top_k)
         if not self.softmax_first:

@@ -173,7 +173,9 @@ def _triton_dense() -> Any:
 
 
 def _reject_triton(case: Case) -> str | None:
-    return _reject_triton_packed(case, "its tiles, and the parts that a sum is cut into, depend on the number of tokens")
+    return _reject_triton_packed(
+        case, "its tiles, and the parts that a sum is cut into, depend on the number of tokens"
+    )
 
 
 def _reject_triton_packed(case: Case, varies: str | None = None) -> str | None:
