@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, overload
 
 from slipstream.checkpoint.files import no_collection
-from slipstream.checkpoint.open import Checkpoint, open_checkpoint
+from slipstream.checkpoint.open import Checkpoint, open_checkpoint, open_random
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import CheckpointError, RequestError
 from slipstream.llm_batch import Bar, BatchRun, pairs
@@ -49,7 +49,9 @@ class LLM:
     ) -> None:
         from slipstream.sources import resolve
 
-        checkpoint = open_checkpoint(resolve(model))
+        random = asked.weights == "random"
+        path = resolve(model, weights=not random)
+        checkpoint = open_random(path, asked.seed or 0) if random else open_checkpoint(path)
         self.model_config = ModelConfig.from_hf(checkpoint.config)
         # Only the devices named in EngineConfig are used: packages that bring others are neither looked for nor run.
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -305,8 +307,11 @@ def _closing(run: BatchRun, bar: Bar | None) -> Generator[RequestOutput, None, N
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    gguf = checkpoint.kind == "gguf"
-    return Tokenizer.from_gguf(checkpoint.metadata) if gguf else Tokenizer.from_folder(checkpoint.path)
+    if checkpoint.kind == "gguf":
+        return Tokenizer.from_gguf(checkpoint.metadata)
+    if checkpoint.kind == "random" and not (checkpoint.path / "tokenizer.json").exists():
+        return Tokenizer.of_bytes()
+    return Tokenizer.from_folder(checkpoint.path)
 
 
 def _default_params(generation: Mapping[str, Any]) -> SamplingParams:

@@ -188,6 +188,14 @@ class Tokenizer:
         )
 
     @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """One token for each byte of UTF-8, for a model of random weights that comes without a tokenizer."""
+        alphabet = sorted(_BYTE_OF, key=lambda c: _BYTE_OF[c])
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return cls(backend, byte_level=True, strip_space=False, special_tokens={})
+
+    @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
         """Build the tokenizer that GGUF metadata describes: byte-level BPE ("gpt2") or sentencepiece BPE ("llama").
 

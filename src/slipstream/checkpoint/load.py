@@ -7,25 +7,31 @@ What arrives packed stays packed, unless the plan holds it in another format.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from slipstream.checkpoint.manifest import verify
+from slipstream.checkpoint.draw import draw
+from slipstream.checkpoint.manifest import shards_of, verify
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.checkpoint.rules import ROWWISE, Weight, rows
 from slipstream.checkpoint.support import Rename
-from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into
+from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into, read_weight
 from slipstream.errors import CheckpointError
 from slipstream.ops import formats
 from slipstream.ops.formats import Weight as Matrix
+
+if TYPE_CHECKING:
+    from slipstream.checkpoint.transfer import Card
 
 # (parameter, source, shape of the parameter) -> the format to hold the source in; asked for matrices only
 Hold = Callable[[str, TensorInfo, tuple[int, ...]], str]
@@ -170,28 +176,78 @@ def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device
         CheckpointError: a file is damaged, or changed or ended while it was read.
     """
     total = sum(s.nbytes for item in loads if not item.shared for s in item.sources)
+    way = _draw if checkpoint.kind == "random" else _transfer if device.type == "cuda" else _read
     done = 0
-    with ThreadPoolExecutor(READERS + 1) as readers:  # one reads while another lays out
+    with contextlib.closing(way(model, loads, checkpoint, device)) as steps:
+        for nbytes in steps:
+            done += nbytes
+            if progress is not None and nbytes:
+                progress(done, total)
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise AssertionError(f"parameters were never written: {left}")
+
+
+Steps = Generator[int, None, None]  # bytes done by each
+
+
+def _read(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device: torch.device) -> Steps:
+    """One by one from the files, straight to where they belong; one is read while another is laid out."""
+    with ThreadPoolExecutor(READERS + 1) as readers:
         checked = readers.submit(verify, checkpoint.path) if checkpoint.kind == "safetensors" else None
         ahead: deque[tuple[Load, Future[None]]] = deque()
         for item in (*loads, None):
             while ahead and (item is None or item.shared or len(ahead) > READERS):
                 landed, future = ahead.popleft()
                 future.result()
-                done += sum(s.nbytes for s in landed.sources if not landed.shared)
-                if progress is not None:
-                    progress(done, total)
+                yield sum(s.nbytes for s in landed.sources if not landed.shared)
             if item is not None:
-                ahead.append((item, readers.submit(_place, model, item, checkpoint, device)))
+                ahead.append((item, readers.submit(_place, model, item, checkpoint, device, read_weight)))
         if checked is not None:
             checked.result()
-    left = [name for name, p in model.named_parameters() if p.is_meta]
-    if left:
-        raise AssertionError(f"parameters were never written: {left}")
 
 
-def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.device) -> None:
-    """One parameter from the file into its layer."""
+def _transfer(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device: torch.device) -> Steps:
+    """In the order of the files, and laid out on the card as soon as all of a parameter is there."""
+    from slipstream.checkpoint.transfer import Card
+
+    yield from transfer(model, loads, checkpoint, Card(device))
+
+
+def transfer(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, card: Card) -> Steps:
+    """The same with a card that a test may have made."""
+    from slipstream.checkpoint.transfer import Transfer
+
+    own = [item for item in loads if not item.shared]
+    wanted = [[t for s in item.sources for t in s.stored] for item in own]
+    shards = shards_of(checkpoint.path) if checkpoint.kind == "safetensors" else {}
+    arrivals = Transfer(wanted, card, shards)
+    try:
+        with card.beside(), contextlib.closing(arrivals.arrive()) as arriving:
+            for nbytes, complete in arriving:
+                for i in complete:
+                    there = arrivals.take(i)
+                    _place(model, own[i], checkpoint, card.device, partial(read_weight, raw=there.pop))
+                yield nbytes
+            for item in loads:
+                if item.shared:
+                    _place(model, item, checkpoint, card.device, read_weight)
+    finally:
+        card.finish()
+
+
+def _draw(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device: torch.device) -> Steps:
+    """Random numbers, on the device."""
+    for item in loads:
+        _place(model, item, checkpoint, device, partial(draw, seed=checkpoint.seed, device=device))
+        yield sum(s.nbytes for s in item.sources if not item.shared)
+
+
+Read = Callable[[TensorInfo], Matrix]
+
+
+def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.device, read: Read) -> None:
+    """One parameter into its layer."""
     path, _, leaf = item.to.rpartition(".")
     owner: Any = model.get_submodule(path)
     embed: Any = model.get_submodule("embed")
@@ -205,44 +261,44 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
         return
     parameter: Tensor = getattr(owner, leaf)
     if hasattr(owner, "accept") and leaf == "weight":
-        made = (_weight(checkpoint, item, *part, parameter.dtype) for part in item.parts())
+        made = (_weight(read, item, *part, parameter.dtype) for part in item.parts())
         owner.accept(*(w.map(lambda t: t.to(device)) for w in made))
     else:
-        data = _numbers(checkpoint, item, item.sources, item.shape, parameter.dtype)
+        data = _numbers(read, item, item.sources, item.shape, parameter.dtype)
         setattr(owner, leaf, nn.Parameter(data.to(device).contiguous(), requires_grad=False))
 
 
-def _weight(checkpoint: Checkpoint, item: Load, format: str, sources: Sequence[TensorInfo], shape: tuple[int, ...],
+def _weight(read: Read, item: Load, format: str, sources: Sequence[TensorInfo], shape: tuple[int, ...],
             dtype: torch.dtype) -> Matrix:  # fmt: skip
     """A part of a matrix in the format in which it is held."""
     if format == "dense":
-        return Matrix("dense", _numbers(checkpoint, item, sources, shape, dtype), shape)
+        return Matrix("dense", _numbers(read, item, sources, shape, dtype), shape)
     if item.rule.transform in ROWWISE:
-        return formats.joined(item.rule.transform, [_held(checkpoint, s, format, item.group) for s in sources], shape)
+        return formats.joined(item.rule.transform, [_held(read(s), format, item.group) for s in sources], shape)
     exact = dtype if all(DENSE.get(s.dtype, ("", ""))[1] == str(dtype)[6:] for s in sources) else torch.float32
-    return formats.encode(_numbers(checkpoint, item, sources, shape, exact).contiguous(), format, item.group)
+    return formats.encode(_numbers(read, item, sources, shape, exact).contiguous(), format, item.group)
 
 
-def _held(checkpoint: Checkpoint, source: TensorInfo, format: str, group: int) -> Matrix:
+def _held(weight: Matrix, format: str, group: int) -> Matrix:
     """One source in a packed format. Rows are independent, so a matrix can be encoded before it is joined with others."""
-    weight = checkpoint.read_weight(source.name)
     if weight.format == format:
         return weight
     exact = weight.data.dtype if weight.format == "dense" else torch.float32
     return formats.encode(formats.decode(weight, exact), format, group)
 
 
-def _numbers(checkpoint: Checkpoint, item: Load, sources: Sequence[TensorInfo], shape: tuple[int, ...],
+def _numbers(read: Read, item: Load, sources: Sequence[TensorInfo], shape: tuple[int, ...],
              dtype: torch.dtype) -> Tensor:  # fmt: skip
     """As `dtype`; numbers of a higher precision are rounded once, here."""
     plain = all(s.dtype in DENSE and not s.parts and s.row_permute is None and not s.add for s in sources)
-    if plain and item.rule.transform is rows and all(DENSE[s.dtype][1] == str(dtype)[6:] for s in sources):
+    plain = plain and read is read_weight and item.rule.transform is rows
+    if plain and all(DENSE[s.dtype][1] == str(dtype)[6:] for s in sources):
         data = torch.empty(shape, dtype=dtype)  # rows as they stand in the file: read them to where they belong
         parts = data.view(-1).view(torch.uint8).split([s.nbytes for s in sources])
         for source, part in zip(sources, parts, strict=True):
             read_into(source, part)
         return data
-    made = item.rule.transform([checkpoint.dequantize(s.name, dtype) for s in sources])
+    made = item.rule.transform([formats.decode(read(s), dtype) for s in sources])
     return made.to(dtype)
 
 

@@ -85,22 +85,37 @@ def check_sizes(folder: Path, names: Iterable[str]) -> None:
             )
 
 
+def shards_of(folder: Path) -> dict[Path, Shard]:
+    """The files themselves, and what the manifest says of them; {} where there is none.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or a file is missing.
+    """
+    shards = read_manifest(folder) or {}
+    return {member(folder.resolve(), name): shard for name, shard in shards.items()}
+
+
 def verify(folder: Path) -> None:
     """Hash every shard that the manifest names; takes as long as reading them. Does nothing without a manifest.
 
     Raises:
         CheckpointError: a file is damaged; the message names it.
     """
-    shards = read_manifest(folder) or {}
-    files = {name: member(folder.resolve(), name) for name in shards}
+    shards = shards_of(folder)
     with ThreadPoolExecutor(HASHERS) as pool:
-        for name, digest in zip(files, pool.map(sha256_of, files.values()), strict=True):
-            if digest != shards[name].sha256:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise CheckpointError(
-                    f"{folder / name}: is damaged: its SHA-256 is {digest}, and {NAME} says {shards[name].sha256}; "
-                    "make or copy it again"
-                )
+        try:
+            for (file, shard), digest in zip(shards.items(), pool.map(sha256_of, shards), strict=True):
+                check_digest(file, digest, shard)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_digest(file: Path, digest: str, shard: Shard) -> None:
+    """Hold the SHA-256 of what was read against the manifest. Raises CheckpointError."""
+    if digest != shard.sha256:
+        raise CheckpointError(
+            f"{file}: is damaged: its SHA-256 is {digest}, and {NAME} says {shard.sha256}; make or copy it again"
+        )
 
 
 def sha256_of(path: Path) -> str:

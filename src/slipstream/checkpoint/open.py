@@ -13,7 +13,7 @@ from slipstream.checkpoint.gguf_names import to_hugging_face
 from slipstream.checkpoint.manifest import check_sizes
 from slipstream.checkpoint.packed import gather
 from slipstream.checkpoint.safetensors import read_folder
-from slipstream.checkpoint.tensors import TensorInfo, read_dense, read_rows
+from slipstream.checkpoint.tensors import TensorInfo, read_dense, read_weight
 from slipstream.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,18 +29,21 @@ class Checkpoint:
     """A model on disk, in the words of Hugging Face whatever the format.
 
     Attributes:
+        kind: random: there are no tensors, and whoever loads it draws them.
         config: what config.json says (for GGUF: would say); types and ranges are for ModelConfig to check.
         tensors: by Hugging Face name.
         generation_config: {} where there is none.
         metadata: GGUF metadata by key, tokenizer included; {} for safetensors.
+        seed: of what is drawn.
     """
 
     path: Path
-    kind: Literal["safetensors", "gguf"]
+    kind: Literal["safetensors", "gguf", "random"]
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     generation_config: dict[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -56,28 +59,7 @@ class Checkpoint:
 
     def read_weight(self, name: str) -> Weight:
         """Any tensor as it is held in the file: numbers, GGUF's blocks, or data and scales."""
-        from slipstream.ops.formats import Weight, packed_shapes
-
-        info = self._info(name)
-        if info.parts:
-            import torch
-
-            data, scales = (read_dense(p) for p in info.parts)
-            shapes = packed_shapes(info.format, info.shape, info.group)
-            if data.dtype != torch.int8:
-                data = data.view(torch.uint8)
-                data = (data ^ 128).view(torch.int8) if info.format == "int8" else data  # stored as code + 128
-            return Weight(info.format, data.view(shapes[0]), info.shape, scales.view(shapes[1]))
-        if not info.is_quantized:
-            return Weight("dense", read_dense(info), info.shape)
-        rows = read_rows(info)
-        if info.format != "mxfp4":
-            return Weight(info.format, rows, info.shape)
-        from slipstream.ops.formats.blocks import mxfp4_from_gguf
-
-        data, scales = mxfp4_from_gguf(rows)
-        shapes = packed_shapes("mxfp4", info.shape)
-        return Weight("mxfp4", data.view(shapes[0]), info.shape, scales.view(shapes[1]))
+        return read_weight(self._info(name))
 
     def dequantize(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Any tensor as `dtype` in its logical shape."""
@@ -112,6 +94,20 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: there is no such file or folder; check the name") from e
     except (OSError, RuntimeError) as e:  # RuntimeError: a loop of links
         raise CheckpointError(f"{path}: cannot be read: {e}") from e
+
+
+def open_random(path: Path, seed: int = 0) -> Checkpoint:
+    """Open a folder for its config.json alone: the model of that shape, with random weights.
+
+    Raises:
+        CheckpointError: there is no config.json, or it is damaged.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: random weights take their shapes from a folder with a config.json")
+    folder = path.resolve()
+    has_generation = (folder / "generation_config.json").is_file()
+    generation = read_object(member(folder, "generation_config.json")) if has_generation else {}
+    return Checkpoint(folder, "random", read_object(member(folder, "config.json")), {}, generation, seed=seed)
 
 
 def _open_folder(folder: Path) -> Checkpoint:

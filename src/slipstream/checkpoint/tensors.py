@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from slipstream.ops.formats.blocks import BLOCKS
 
 if TYPE_CHECKING:
     import torch
+
+    from slipstream.ops.formats import Weight
 
 # Dense types as safetensors spells them: bytes of one element, and the name in torch.
 DENSE = {
@@ -79,12 +82,20 @@ class TensorInfo:
         return self.shape[-1] // self.parts[1].shape[-1] if self.parts else 0
 
     @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The runs of bytes that it is made of."""
+        return self.parts or (self,)
+
+    @property
     def rows(self) -> int:
         """Number of innermost rows."""
         n = 1
         for size in self.shape[:-1]:
             n *= size
         return n
+
+
+Raw = Callable[[TensorInfo], "torch.Tensor"]  # bytes as they stand in the file, uint8 of shape (nbytes,)
 
 
 def check_name(name: str, path: Path) -> None:
@@ -103,31 +114,64 @@ def read_raw(info: TensorInfo) -> torch.Tensor:
 
 def read_into(info: TensorInfo, out: torch.Tensor) -> None:
     """The same into memory that is there: `out` is uint8 of shape (nbytes,), without gaps."""
-    view = memoryview(out.numpy())  # type: ignore[arg-type]
-    done = 0
     try:
         with info.file.open("rb", buffering=0) as f:
-            while done < info.nbytes:
-                got = os.preadv(f.fileno(), [view[done : done + MAX_READ]], info.offset + done)
-                if got == 0:
-                    raise CheckpointError(f"{info.file}: was cut short while in use: {info.name} is not all there")
-                done += got
+            read_at(f.fileno(), memoryview(out.numpy()), info.offset, info.file, info.name)  # type: ignore[arg-type]
     except OSError as e:
         raise CheckpointError(f"{info.file}: {info.name} cannot be read: {e}") from e
 
 
-def read_dense(info: TensorInfo) -> torch.Tensor:
+def read_at(descriptor: int, out: memoryview, offset: int, file: Path, what: str) -> None:
+    """Fill `out` from an open file.
+
+    Raises:
+        CheckpointError: the file ends before; the message names `file`, and says that of `what` not all is there.
+    """
+    done = 0
+    while done < len(out):
+        got = os.preadv(descriptor, [out[done : done + MAX_READ]], offset + done)
+        if got == 0:
+            raise CheckpointError(f"{file}: was cut short while in use: {what} is not all there")
+        done += got
+
+
+def read_dense(info: TensorInfo, raw: Raw = read_raw) -> torch.Tensor:
     """The tensor in its own dtype and logical shape."""
     import torch
 
     dtype: torch.dtype = getattr(torch, DENSE[info.dtype][1])
-    values = unpermute(read_raw(info).view(dtype).view(info.shape), info.row_permute)
+    values = unpermute(raw(info).view(dtype).view(info.shape), info.row_permute)
     return values.add_(info.add) if info.add else values
 
 
-def read_rows(info: TensorInfo) -> torch.Tensor:
+def read_rows(info: TensorInfo, raw: Raw = read_raw) -> torch.Tensor:
     """The packed blocks of a quantized tensor, uint8 of shape (rows, bytes_per_row)."""
-    return unpermute(read_raw(info).view(info.rows, -1), info.row_permute)
+    return unpermute(raw(info).view(info.rows, -1), info.row_permute)
+
+
+def read_weight(info: TensorInfo, raw: Raw = read_raw) -> Weight:
+    """Any tensor as it is held in the file: numbers, GGUF's blocks, or data and scales."""
+    from slipstream.ops.formats import Weight, packed_shapes
+
+    if info.parts:
+        import torch
+
+        data, scales = (read_dense(p, raw) for p in info.parts)
+        shapes = packed_shapes(info.format, info.shape, info.group)
+        if data.dtype != torch.int8:
+            data = data.view(torch.uint8)
+            data = (data ^ 128).view(torch.int8) if info.format == "int8" else data  # stored as code + 128
+        return Weight(info.format, data.view(shapes[0]), info.shape, scales.view(shapes[1]))
+    if not info.is_quantized:
+        return Weight("dense", read_dense(info, raw), info.shape)
+    rows = read_rows(info, raw)
+    if info.format != "mxfp4":
+        return Weight(info.format, rows, info.shape)
+    from slipstream.ops.formats.blocks import mxfp4_from_gguf
+
+    data, scales = mxfp4_from_gguf(rows)
+    shapes = packed_shapes("mxfp4", info.shape)
+    return Weight("mxfp4", data.view(shapes[0]), info.shape, scales.view(shapes[1]))
 
 
 def unpermute(rows: torch.Tensor, heads: int | None) -> torch.Tensor:

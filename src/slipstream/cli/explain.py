@@ -19,11 +19,13 @@ def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> Non
     from slipstream.config import EngineConfig
 
     asked = EngineConfig(**engine.changes())
-    from slipstream.checkpoint.open import open_checkpoint
+    from slipstream.checkpoint.open import open_checkpoint, open_random
     from slipstream.sources import resolve
 
+    random = asked.weights == "random"
     with Bar() as bar:
-        checkpoint = open_checkpoint(resolve(model, progress=bar))
+        path = resolve(model, progress=bar, weights=not random)
+    checkpoint = open_random(path) if random else open_checkpoint(path)
     if asked.num_threads is not None:
         import torch
 

@@ -19,7 +19,7 @@ def load_llm(model: str, options: EngineOptions) -> LLM:
     with Bar() as bar:
         from slipstream.sources import resolve
 
-        path = resolve(model, progress=bar)
+        path = resolve(model, progress=bar, weights=engine.get("weights") != "random")
         from slipstream.llm import LLM
 
         return LLM(path, progress=lambda done, total: bar(f"loading {model}", done, total), **engine)

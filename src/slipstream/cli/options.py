@@ -205,6 +205,10 @@ class EngineOptions:
             "auto holds weights as the checkpoint has them; dequantize widens packed ones; mxfp4, int8, int4 quantize. Default: auto."
         ),
     ] = None
+    weights: Annotated[
+        str | None,
+        _engine("random draws them in the shapes of config.json, to measure a model unseen. Default: checkpoint."),
+    ] = None
     max_model_len: Annotated[
         int | None, _engine("Longest prompt + answer. Default: the model's own, if memory allows.", metavar="TOKENS")
     ] = None

@@ -155,11 +155,14 @@ class Bar:
             self._drawn.update(self._task, completed=done, total=total)
 
     def _draw(self, label: str) -> None:
+        from rich import progress
         from rich.console import Console
         from rich.markup import escape
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TimeRemainingColumn()
-        self._drawn = Progress(*columns, console=Console(stderr=True), transient=True)
+        columns = (
+            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(True),
+            progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+        )  # fmt: skip
+        self._drawn = progress.Progress(*columns, console=Console(stderr=True), transient=True)
         self._task = self._drawn.add_task(escape(safe(label)), total=None)
         self._drawn.start()

@@ -21,6 +21,8 @@ class EngineConfig:
         dtype: auto, float32, bfloat16 or float16: of activations, and of weights that are not quantized.
         quantization: auto holds every weight as the checkpoint has it, and is an error where that cannot run; dequantize widens
             packed weights to dtype; mxfp4, int8 and int4 quantize linear layers and experts while they load.
+        weights: checkpoint reads them; random draws them on the device, in the shapes and formats of config.json, so that a model
+            can be measured before it is downloaded. What it writes is noise.
         max_model_len: longest prompt + answer, tokens.
         max_num_seqs: requests that run together.
         max_num_batched_tokens: tokens computed in one step.
@@ -35,12 +37,13 @@ class EngineConfig:
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
         num_threads: CPU threads; None leaves torch's own choice.
-        seed: from which requests without a seed of their own draw theirs.
+        seed: from which requests without a seed of their own draw theirs, and random weights theirs (None is then 0).
     """
 
     device: str = "auto"
     dtype: str = "auto"
     quantization: str = "auto"
+    weights: str = "checkpoint"
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -68,6 +71,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         self._one_of("dtype", ("auto", "float32", "bfloat16", "float16"))
         self._one_of("scheduling_policy", ("fcfs", "priority"))
+        self._one_of("weights", ("checkpoint", "random"))
         self._one_of("quantization", ("auto", "dequantize", "mxfp4", "int8", "int4"))
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
             raise ConfigError(f"device: must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")

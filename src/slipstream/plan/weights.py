@@ -11,6 +11,7 @@ import torch
 
 from slipstream.checkpoint.load import Load, dry_run
 from slipstream.checkpoint.open import Checkpoint
+from slipstream.checkpoint.support import Rename
 from slipstream.checkpoint.tensors import TensorInfo
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import ConfigError, KernelError
@@ -18,6 +19,7 @@ from slipstream.layers.ops import Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.ops.formats import MADE, packed_shapes
 from slipstream.ops.formats.blocks import OURS
+from slipstream.plan.random import imagine
 from slipstream.quantization.select import Selection
 
 LOOKED_UP = ("dense", *MADE, *OURS)  # whose rows torch can decode on any device
@@ -65,7 +67,14 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
         KernelError: a weight cannot run here as it arrived, or as was asked for; says what widening would cost.
         ConfigError: a weight has no form in the format that was asked for.
     """
-    rename = getattr(home, "rename", str)
+    rename: Rename = getattr(home, "rename", str)
+    rules = home.WEIGHTS
+    if checkpoint.kind == "random":
+        tensors, rules = imagine(checkpoint, model, rules, tied=config.tie_word_embeddings)
+        checkpoint, rename = replace(checkpoint, tensors=tensors), str
+        why["random weights"] = (
+            f"asked for: shapes are those of config.json, numbers are drawn with the seed {checkpoint.seed}"
+        )
     made = asked.quantization if asked.quantization in MADE else None
     selection = Selection(format=made or MADE[0], model_type=config.model_type)
 
@@ -84,7 +93,7 @@ def plan_loads(asked: EngineConfig, checkpoint: Checkpoint, config: ModelConfig,
         raise ConfigError(f"quantization: no weight in {checkpoint.path} can become {made} while loading{why_not}")
     hold = _Holder(asked.quantization, covered, config.tie_word_embeddings, ops, device)
     loads = dry_run(
-        model, home.WEIGHTS, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,
+        model, rules, checkpoint, num_layers=config.num_layers, num_experts=config.num_experts,
         tied=config.tie_word_embeddings, hold=hold, rename=rename,
     )  # fmt: skip
     embedding = next(item for item in loads if item.to == "embed.weight")

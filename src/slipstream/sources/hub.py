@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -147,6 +147,22 @@ def fetch(model: HubModel, progress: Progress, *, force: bool = False) -> tuple[
     return record, True
 
 
+def fetch_text(model: HubModel, progress: Progress) -> Path:
+    """config.json, tokenizer and the like, verified, but no weights; so there is no record of it."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _hub_errors(model):
+        info = HfApi().model_info(model.repo, revision=model.revision, files_metadata=True)
+        siblings = {s.rfilename: s for s in info.siblings or []}
+        names = _text(siblings)
+        patterns = [glob.escape(name) for name in names]
+        bar = _bar(f"downloading {model}", sum(siblings[n].size or 0 for n in names), progress)
+        folder = Path(snapshot_download(model.repo, revision=info.sha, allow_patterns=patterns, tqdm_class=bar))
+    for name in names:
+        _verified(model, folder / name, siblings[name], progress)
+    return folder
+
+
 def from_hub_cache(model: HubModel) -> Path:
     """Offline and not recorded: what another program may have left in the Hub's cache, unverified."""
     from huggingface_hub import snapshot_download
@@ -175,7 +191,7 @@ def _wanted(model: HubModel, info: ModelInfo, siblings: dict[str, RepoSibling]) 
             have = f"it has {', '.join(ggufs)}" if ggufs else "it has no GGUF file"
             raise CheckpointError(f"{model.repo} has no file {model.file}; {have}.")
         return [model.file]
-    text = [name for name in siblings if "/" not in name and _TEXT.fullmatch(name) and name != _INDEX]
+    text = _text(siblings)
     if _INDEX in siblings:
         index = Path(hf_hub_download(model.repo, _INDEX, revision=info.sha))
         try:
@@ -201,6 +217,10 @@ def _wanted(model: HubModel, info: ModelInfo, siblings: dict[str, RepoSibling]) 
     pickles = [name for name in siblings if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     but = f", only pickled weights ({pickles[0]}), which can run code and are never loaded" if pickles else ""
     raise CheckpointError(f"{model} holds neither safetensors nor GGUF files{but}. Look for a converted copy of it.")
+
+
+def _text(siblings: Iterable[str]) -> list[str]:
+    return [name for name in siblings if "/" not in name and _TEXT.fullmatch(name) and name != _INDEX]
 
 
 def _verified(model: HubModel, path: Path, sibling: RepoSibling, progress: Progress) -> tuple[int, str]:

@@ -166,4 +166,5 @@ def _by_library(rows: torch.Tensor, kind: str) -> torch.Tensor:
     except ImportError as e:
         raise CheckpointError(f"{kind} blocks are read by the gguf library: pip install 'slipstream[gguf]'") from e
     with np.errstate(all="ignore"):  # a scale that is no number is for whoever runs the model to notice
-        return torch.from_numpy(dequantize(rows.contiguous().numpy(), GGMLQuantizationType[kind]))
+        values = dequantize(rows.cpu().contiguous().numpy(), GGMLQuantizationType[kind])
+    return torch.from_numpy(values).to(rows.device)

@@ -1,0 +1,266 @@
+"""Files onto a card: threads read blocks into pinned memory, and each is copied while the next are read.
+
+Blocks lie at multiples of BLOCK in a file and go round the threads in order, so a disk sees long reads, one after another.
+Copies, and all that is made of what arrived, are in the order of one stream beside the one that computes: nothing waits
+but a thread for its own buffer. Where hashes are known, whole files are read, and what is copied is what was hashed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slipstream.checkpoint.manifest import Shard, check_digest
+from slipstream.checkpoint.tensors import TensorInfo, read_at
+from slipstream.errors import CapacityError, CheckpointError
+
+# On an H100 machine of 16 cores, from the page cache: 25 GB/s. Blocks of 64 MiB fall out of the processor's cache before
+# they are copied (17 GB/s), and 4 threads read 21 GB/s.
+BLOCK = 16 << 20
+READERS = 8
+BUFFERS = 2  # a thread: one is copied while the other is read into
+
+
+class Card:
+    """What is asked of a CUDA device here."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def beside(self) -> contextlib.AbstractContextManager[Any]:
+        """What a thread launches in here goes to the stream of the copies."""
+        return torch.cuda.stream(self.stream)
+
+    @contextlib.contextmanager
+    def pinned(self, nbytes: int) -> Iterator[Tensor]:
+        """Memory that the card reads by itself; given back at the end, not kept for others as torch's own would be."""
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        runtime = torch.cuda.cudart()
+        code = runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)
+        if int(code) != 0:
+            raise CapacityError(
+                f"{nbytes:,} bytes of memory cannot be pinned ({code}); raise the limit on locked memory (ulimit -l)"
+            )
+        try:
+            yield buffer
+        finally:
+            self.stream.synchronize()
+            runtime.cudaHostUnregister(buffer.data_ptr())
+
+    def mark(self) -> torch.cuda.Event:
+        """A point in the stream that can be waited for."""
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
+
+    def finish(self) -> None:
+        """Everything is done, and what was only needed meanwhile is free for other streams."""
+        self.stream.synchronize()
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a block holds of one tensor."""
+
+    tensor: int
+    begin: int  # in the block
+    at: int  # in the tensor
+    nbytes: int
+
+
+@dataclass(slots=True)
+class Block:
+    file: Path
+    begin: int
+    end: int
+    pieces: list[Piece] = field(default_factory=list)
+
+
+def cut(tensors: Sequence[TensorInfo], whole: Mapping[Path, int], size: int, lanes: int) -> list[Block]:
+    """The blocks to read, in their order.
+
+    Args:
+        whole: files that are read from end to end, and their sizes; of others only what is wanted.
+        size: of a block.
+        lanes: files that are read side by side.
+    """
+    blocks: dict[tuple[Path, int], Block] = {}
+    for i, t in enumerate(tensors):
+        end = t.offset + t.nbytes
+        for k in range(t.offset // size, -(-end // size) if t.nbytes else 0):
+            begin, stop = max(t.offset, k * size), min(end, (k + 1) * size)
+            block = blocks.setdefault((t.file, k), Block(t.file, begin, stop))
+            block.begin, block.end = min(block.begin, begin), max(block.end, stop)
+            block.pieces.append(Piece(i, begin, begin - t.offset, stop - begin))
+    for file, total in whole.items():
+        for k in range(-(-total // size)):
+            block = blocks.setdefault((file, k), Block(file, 0, 0))
+            block.begin, block.end = k * size, min(total, (k + 1) * size)
+    for block in blocks.values():
+        block.pieces = [Piece(p.tensor, p.begin - block.begin, p.at, p.nbytes) for p in block.pieces]
+    rank = {file: i for i, file in enumerate(sorted({file for file, _ in blocks}))}
+    order = sorted(blocks, key=lambda at: (rank[at[0]] // lanes, at[1], rank[at[0]]))
+    return [blocks[at] for at in order]
+
+
+Arrived = tuple[int, list[int]]  # bytes of a block that were wanted, and whose tensors are complete with it
+
+
+class Transfer:
+    """The way of many tensors onto a card. Iterate over `arrive()` once, in `card.beside()`, and `take` what is complete.
+
+    Args:
+        wanted: the runs of bytes that belong together, as `TensorInfo.stored` has them.
+        shards: files that have a manifest, and what it says of them.
+
+    Raises:
+        CheckpointError: while it arrives: a file is damaged, ended early, or changed.
+    """
+
+    def __init__(
+        self, wanted: Sequence[Sequence[TensorInfo]], card: Card, shards: Mapping[Path, Shard] | None = None, *,
+        readers: int = READERS, block: int = BLOCK,
+    ) -> None:  # fmt: skip
+        self.card, self.readers, self.block = card, readers, block
+        self._shards = dict(shards or {})
+        self._tensors = [t for item in wanted for t in item]
+        self._owner = [i for i, item in enumerate(wanted) for _ in item]
+        numbers = itertools.count()
+        self._items = [[next(numbers) for _ in item] for item in wanted]
+        self._left = [sum(t.nbytes for t in item) for item in wanted]
+        self._landed: dict[int, Tensor] = {}
+        self._lock = threading.Condition()
+        self._stopped = False
+        self._news: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
+        self._digests = {file: hashlib.sha256() for file in self._shards}
+        self._hashed = dict.fromkeys(self._shards, 0)
+
+    def arrive(self) -> Generator[Arrived, None, None]:
+        """Give a block's bytes, and the numbers of those in `wanted` of which nothing is missing any more."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self._files = {
+                    file: stack.enter_context(file.open("rb", buffering=0)).fileno()
+                    for file in {t.file for t in self._tensors} | self._shards.keys()
+                }
+                before = {file: _state(fd) for file, fd in self._files.items()}
+            except OSError as e:
+                raise CheckpointError(f"{e.filename}: cannot be read: {e}") from e
+            whole = {file: before[file][0] for file in self._shards}
+            lanes = self.readers if whole else 1  # a file is hashed in order, so by one thread at a time
+            self._blocks = iter(cut(self._tensors, whole, self.block, lanes))
+            yield 0, [i for i, nbytes in enumerate(self._left) if not nbytes]
+            yield from self._run()
+            for file, fd in self._files.items():
+                if _state(fd) != before[file]:
+                    raise CheckpointError(f"{file}: changed while it was read; wait for what writes it, then try again")
+            for file, digest in self._digests.items():
+                check_digest(file, digest.hexdigest(), self._shards[file])
+
+    def take(self, item: int) -> dict[TensorInfo, Tensor]:
+        """The bytes of a complete one; they are its own from here on."""
+        return {self._tensors[i]: self._land(i, take=True) for i in self._items[item]}
+
+    def _run(self) -> Iterator[Arrived]:
+        with ThreadPoolExecutor(self.readers, "slipstream-read") as pool:
+            try:
+                reading = [pool.submit(self._read) for _ in range(self.readers)]
+                running = len(reading)
+                while running:
+                    news = self._news.get()
+                    if news is None:
+                        running -= 1
+                    else:
+                        yield news
+                for each in reading:
+                    each.result()
+            finally:
+                self._stop()
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            self._lock.notify_all()
+
+    def _read(self) -> None:
+        """A thread's work."""
+        try:
+            with self.card.beside(), contextlib.ExitStack() as stack:
+                buffers = [stack.enter_context(self.card.pinned(self.block)) for _ in range(BUFFERS)]
+                marks: list[Any] = [None] * BUFFERS
+                for i in itertools.cycle(range(BUFFERS)):
+                    with self._lock:
+                        block = None if self._stopped else next(self._blocks, None)
+                    if block is None:
+                        return
+                    if marks[i] is not None:
+                        marks[i].synchronize()
+                    bytes_ = self._fill(block, buffers[i])
+                    for p in block.pieces:
+                        to = self._land(p.tensor)[p.at : p.at + p.nbytes]
+                        to.copy_(buffers[i][p.begin : p.begin + p.nbytes], non_blocking=True)
+                    marks[i] = self.card.mark()
+                    self._hash(block, bytes_)
+                    self._tell(block)
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            self._news.put(None)
+
+    def _fill(self, block: Block, buffer: Tensor) -> memoryview:
+        view = memoryview(buffer.numpy())[: block.end - block.begin]  # type: ignore[arg-type]
+        what = self._tensors[block.pieces[0].tensor].name if block.pieces else "a tensor"
+        try:
+            read_at(self._files[block.file], view, block.begin, block.file, what)
+        except OSError as e:
+            raise CheckpointError(f"{block.file}: cannot be read: {e}") from e
+        return view
+
+    def _land(self, i: int, take: bool = False) -> Tensor:
+        """The place of a tensor on the card."""
+        with self._lock:
+            if i not in self._landed:
+                self._landed[i] = torch.empty(self._tensors[i].nbytes, dtype=torch.uint8, device=self.card.device)
+            return self._landed.pop(i) if take else self._landed[i]
+
+    def _hash(self, block: Block, data: memoryview) -> None:
+        if block.file not in self._digests:
+            return
+        with self._lock:  # the block before has its thread already, so its turn comes
+            self._lock.wait_for(lambda: self._stopped or self._hashed[block.file] == block.begin)
+            if self._stopped:
+                return
+        self._digests[block.file].update(data)
+        with self._lock:
+            self._hashed[block.file] = block.end
+            self._lock.notify_all()
+
+    def _tell(self, block: Block) -> None:
+        with self._lock:
+            complete = []
+            for p in block.pieces:
+                item = self._owner[p.tensor]
+                self._left[item] -= p.nbytes
+                if not self._left[item]:
+                    complete.append(item)
+        self._news.put((sum(p.nbytes for p in block.pieces), complete))
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,125 @@
+"""Loading onto a CUDA device: the same bytes as on the CPU in every format, and nothing left of what was interrupted.
+
+Run with: pytest -m gpu tests/gpu
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from slipstream import LLM
+from slipstream.checkpoint.load import load, transfer
+from slipstream.checkpoint.open import open_checkpoint
+from slipstream.checkpoint.tensors import TensorInfo
+from slipstream.checkpoint.transfer import Card, Transfer
+from slipstream.errors import CheckpointError
+from tests.checkpoint.test_load import plan_of
+from tests.checkpoint.test_transfer import KINDS, folder_of, tensors_of
+from tests.parity.test_architectures import all_logits
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    """A plan for the CPU both times, so that layers keep weights as they are handed over."""
+    path, options = folder_of(kind, tmp_path)
+    plans = [plan_of(path, device="cpu", linear_implementation="reference", **options) for _ in range(2)]
+    checkpoint = open_checkpoint(path)
+    load(plans[0].model, plans[0].loads, checkpoint, plans[0].device)
+    done = sum(transfer(plans[1].model, plans[1].loads, checkpoint, Card(CUDA)))
+    want, got = (tensors_of(p.model) for p in plans)
+    assert want.keys() == got.keys() and len(want) > 20
+    for name, value in want.items():
+        assert got[name].device == CUDA and got[name].dtype == value.dtype
+        assert torch.equal(got[name].cpu().view(torch.uint8), value.contiguous().view(torch.uint8)), name
+    assert done == sum(s.nbytes for i in plans[1].loads if not i.shared for s in i.sources)
+
+
+def test_many_blocks_through_few_buffers(tmp_path: Path) -> None:
+    """A buffer that is read into before its copy is done would show: blocks are many, and the stream is kept busy."""
+    path = tmp_path / "x"
+    data = torch.randint(256, (64 << 20,), dtype=torch.uint8)
+    path.write_bytes(data.numpy().tobytes())
+    wanted = [[TensorInfo(str(i), "U8", (4 << 20,), 4 << 20, path, i * (4 << 20))] for i in range(16)]
+    card = Card(CUDA)
+    arrivals = Transfer(wanted, card, readers=3, block=300_000)
+    got = {}
+    with card.beside():
+        busy = torch.randn(4096, 4096, device=CUDA)
+        for _, complete in arrivals.arrive():
+            busy = busy @ busy * 1e-3
+            got |= {i: arrivals.take(i)[wanted[i][0]] for i in complete}
+    card.finish()
+    assert torch.equal(torch.cat([got[i] for i in range(16)]).cpu(), data)
+
+
+def allocated() -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    path, options = folder_of("qwen3_moe made int4", tmp_path)
+    before = allocated()
+    plan = plan_of(path, device="cuda", **options)
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(plan.model, plan.loads, open_checkpoint(path), plan.device, stop)
+    assert seen and not [t for t in threading.enumerate() if t.name.startswith("slipstream-read")]
+    del plan
+    assert allocated() == before
+    llm = LLM(path, device="cuda", dtype="float32", kv_cache_memory_bytes=8 << 20, max_model_len=64)
+    assert torch.cat(all_logits(llm, [[1, 2, 3]])).isfinite().all()
+
+
+def test_damage_leaves_nothing(tmp_path: Path) -> None:
+    path, options = folder_of("llama made int8", tmp_path)
+    before = allocated()
+    shard = sorted(path.glob("*.safetensors"))[-1]
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 16
+    shard.write_bytes(data)
+    plan = plan_of(path, device="cuda", **options)
+    with pytest.raises(CheckpointError, match=f"{shard.name}: is damaged"):
+        load(plan.model, plan.loads, open_checkpoint(path), plan.device)
+    del plan
+    assert allocated() == before
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss published", "qwen3_moe made int4", "llama made int8"])
+def test_random_weights(kind: str, tmp_path: Path) -> None:
+    path, _ = folder_of(kind, tmp_path)
+    asked = {"device": "cuda", "kv_cache_memory_bytes": 8 << 20, "max_model_len": 64, "weights": "random"}
+    one, same = (all_logits(LLM(path, **asked), [[1, 2, 3], [4]]) for _ in range(2))
+    assert torch.cat(one).isfinite().all() and torch.equal(torch.cat(one), torch.cat(same))
+
+
+def test_buffers_are_not_kept(tmp_path: Path) -> None:
+    """Pinned memory counts as locked; after a load none of it is left."""
+
+    def locked() -> int:
+        text = Path("/proc/self/status").read_text()
+        fields = [line.split() for line in text.splitlines() if line.startswith(("VmLck", "VmPin"))]
+        return sum(int(f[1]) for f in fields)
+
+    path, options = folder_of("llama", tmp_path)
+    torch.zeros(1, device=CUDA)
+    before, started = locked(), time.perf_counter()
+    for _ in range(3):
+        plan = plan_of(path, device="cuda", **options)
+        load(plan.model, plan.loads, open_checkpoint(path), plan.device)
+    assert locked() <= before + 1024 and time.perf_counter() - started < 20
