@@ -61,6 +61,22 @@ def test_only_weights_and_text_are_fetched(hub: Hub) -> None:
     assert (f"downloading {REPO}", total, total) in seen
 
 
+def test_without_weights_only_text_is_fetched_and_the_model_is_not_there_yet(hub: Hub) -> None:
+    folder = resolve(REPO, weights=False)
+    assert hub.fetched() == {"config.json", "tokenizer.json"} == {p.name for p in folder.iterdir()}
+    assert hub_module.all_recorded() == []
+    whole = resolve(REPO)
+    assert (whole / "model.safetensors").read_bytes() == WEIGHTS
+    hub.asked.clear()
+    assert resolve(REPO, weights=False) == whole and hub.asked == []
+
+
+def test_text_is_verified_too(hub: Hub) -> None:
+    hub.damaged["config.json"] = b'{"model_type": "llamb"}'
+    with pytest.raises(CheckpointError, match="config.json came damaged"):
+        resolve(REPO, weights=False)
+
+
 def test_what_was_pulled_opens_without_asking_the_hub(hub: Hub) -> None:
     folder = pull(REPO).path
     hub.asked.clear()
