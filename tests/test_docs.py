@@ -195,7 +195,11 @@ def test_the_tour_says_where_a_key_is_written() -> None:
     tour = (ROOT / "docs" / "tour.md").read_text()
     assert len(MENTION.findall(tour)) > 60
     paragraph = next(p for p in tour.split("\n\n") if "key is written" in p)
-    for name in ("layers/attention.py:Attention.forward", "ops/store_kv/torch.py:store_kv", "batch.py:"):
+    for name in (
+        "layers/attention.py:Attention.forward",
+        "ops/attention_input/reference.py:attention_input",
+        "batch.py:",
+    ):
         assert name in paragraph
 
 

@@ -216,11 +216,11 @@ def test_a_forced_choice_is_taken_and_says_so(hybrid: Path) -> None:
 
 
 def test_every_choice_says_why_each_other_one_lost(hybrid: Path) -> None:
-    from slipstream.ops import activation, attention, linear, norm, rope, sampling, store_kv
+    from slipstream.ops import activation, attention, attention_input, linear, norm, sampling
 
     p = plan(hybrid, max_model_len=64)
-    homes = {"activation": activation, "attention": attention, "linear": linear, "norm": norm, "rope": rope,
-             "sampling": sampling, "store_kv": store_kv}  # fmt: skip
+    homes = {"activation": activation, "attention": attention, "attention_input": attention_input, "linear": linear,
+             "norm": norm, "sampling": sampling}  # fmt: skip
     assert {c.op.split("[")[0] for c in p.choices} == set(homes)
     for c in p.choices:
         every = {i.name for i in homes[c.op.split("[")[0]].IMPLS}

@@ -170,7 +170,7 @@ def test_the_plan_says_so(llama: Path) -> None:
     assert "asked for" in plan.why["batch_invariant"]
     names = {c.op: c.name for c in plan.choices}
     assert names == {
-        "norm": "reference", "rope": "reference", "store_kv": "torch", "attention": "native",
+        "norm": "reference", "attention_input": "reference", "attention": "native",
         "activation": "native_invariant", "sampling": "reference", "linear[dense]": "native_invariant",
     }  # fmt: skip
     for c in plan.choices:

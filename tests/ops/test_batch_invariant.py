@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.layers.mlp import MoE
-from slipstream.ops import activation, linear, moe, norm, rope, sampling
+from slipstream.ops import activation, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
 from slipstream.ops.formats import decode
 from slipstream.ops.linear import blocks, native
-from slipstream.ops.rope.reference import angles
+from slipstream.ops.rope import Turns
 from slipstream.ops.sampling import Row
 from slipstream.request import SamplingParams
 from tests.ops.test_linear import _levels, _numbers, _weight, compiled
@@ -121,33 +120,37 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     call = chosen("norm", norm.IMPLS, dtype, width=shape[-1]).fn
     x = torch.randn(40, 3, *shape).to(dtype)[:, 1]  # rows apart, as queries are within qkv
     for weight in (torch.rand(shape[-1]), torch.rand(shape[-1]).to(dtype)):
-        check(lambda x, weight=weight: call(x, weight, 1e-5), x)  # type: ignore[misc]
+        check(lambda x, weight=weight: call(x, -x / 2, weight, 1e-5)[1], x)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms", [False, True], ids=["", "norms"])
 @pytest.mark.parametrize(("heads", "dim", "turned"), [(3, 10, 10), (5, 64, 64), (2, 24, 18)])
-def test_rope(heads: int, dim: int, turned: int, dtype: torch.dtype) -> None:
-    call = chosen("rope", rope.IMPLS, dtype).fn
-    positions, freq = torch.arange(70) * 37, torch.linspace(1, 0.001, turned // 2)
-    tables = [angles(p, freq, 1.0, dtype) for p in positions.split(1)]
-    cos, sin = (torch.cat(t) for t in zip(*tables, strict=True))
-    x = torch.cat((torch.randn(70, heads * dim), positions[:, None] / 37), -1).to(dtype)
+def test_attention_input(heads: int, dim: int, turned: int, norms: bool, dtype: torch.dtype) -> None:
+    """Queries, and what is in the cache for each token afterwards."""
+    call = chosen("attention_input", attention_input.IMPLS, dtype).fn
+    freq, all_heads = torch.linspace(1, 0.001, turned // 2), heads + 4
+    weights = (torch.rand(dim), torch.rand(dim), 1e-5) if norms else None
+    x = torch.cat((torch.randn(70, all_heads * dim), torch.arange(70)[:, None]), -1).to(dtype)
 
-    def turn(x: Tensor) -> Tensor:
-        at = x[:, -1].long()
-        return call(x[:, :-1].reshape(-1, heads, dim), cos[at], sin[at])
+    def enter(x: Tensor) -> Tensor:
+        positions = x[:, -1].long()
+        keys, values = torch.zeros(2, 70, 2, dim, dtype=dtype)
+        turns = Turns(positions * 37, freq, 1.0, dtype, row_by_row=True)
+        q = call(x[:, :-1].reshape(-1, all_heads, dim), turns, weights, keys, values, positions)
+        return torch.cat((q, keys[positions], values[positions]), 1)
 
-    check(turn, x)
+    check(enter, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("experts", [5, 32, 128])
 def test_router(experts: int, dtype: torch.dtype) -> None:
+    call = chosen("router", router.IMPLS, dtype, experts=experts).fn
     x = 2 * torch.randn(70, experts).to(dtype)
     for softmax_first, renormalize in ((True, True), (True, False), (False, False)):
-        layer = MoE.__new__(MoE)
-        layer.__dict__.update(top_k=3, softmax_first=softmax_first, renormalize=renormalize)
-        check(lambda x, layer=layer: torch.cat([t.double() for t in layer.route(x)], -1), x)  # type: ignore[misc]
+        options = {"softmax_first": softmax_first, "renormalize": renormalize}
+        check(lambda x, options=options: torch.cat([t.double() for t in call(x, torch.clone, 3, **options)], -1), x)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,8 +203,13 @@ def test_normal_implementations_say_why_not(op: Any, device: str) -> None:
         device, "bfloat16", (9, 0), {"batch_invariant": True, "format": "dense", "in_features": 64, "width": 64}
     )
     for impl in op.IMPLS:
-        fine = impl.name.endswith("_invariant") or (op, impl.name) in ((norm, "reference"), (activation, "torch"))
+        fine = impl.name.endswith("_invariant") or (op, impl.name) in (
+            (norm, "reference"),
+            (norm, "triton"),
+            (activation, "triton"),
+            (activation, "reference"),
+        )
         assert fine or impl.reject(case), impl.name
-    for name, device in (("native_invariant", "cuda"), ("triton_invariant", "cpu")):
+    for name, device in (("native_invariant", "cuda"), ("triton_invariant", "cpu"), ("triton", "cpu")):
         for impl in op.IMPLS:
             assert impl.name != name or impl.reject(Case(device, "bfloat16", None, {**case.facts, "format": "int8"}))

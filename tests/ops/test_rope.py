@@ -1,4 +1,4 @@
-"""Rotary embedding: frequencies against transformers, every implementation against complex numbers in float64."""
+"""Rotary embedding: frequencies against transformers, the rotations against complex numbers in float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slipstream.config import RopeConfig
-from slipstream.ops import rope
-from slipstream.ops.rope.reference import angles, inverse_frequencies
+from slipstream.ops.attention_input import torch as fast
+from slipstream.ops.rope import Turns, angles, inverse_frequencies, rope
 
 TOKENS, HEADS, HEAD_DIM = 13, 6, 20
 ROPES: list[tuple[str, dict[str, Any]]] = [
@@ -45,13 +45,13 @@ def test_default_frequencies() -> None:
 
 
 @pytest.mark.parametrize("dim", [HEAD_DIM, 12], ids=["whole", "partial"])
-@pytest.mark.parametrize("impl", rope.IMPLS, ids=lambda i: i.name)
-def test_a_pair_turns_as_a_complex_number(impl: Any, dim: int) -> None:
+@pytest.mark.parametrize("turn_by", [rope, fast.rope], ids=["reference", "torch"])
+def test_a_pair_turns_as_a_complex_number(turn_by: Any, dim: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(TOKENS, HEADS, HEAD_DIM)
     positions = torch.randint(0, 5000, (TOKENS,))
     freq, factor = torch.rand(dim // 2), 1.3
-    got = impl.load()(x, *angles(positions, freq, factor, torch.float32))
+    got = turn_by(x, *angles(positions, freq, factor, torch.float32))
     pairs = torch.complex(x[..., : dim // 2].double(), x[..., dim // 2 : dim].double())
     turn = (positions.float()[:, None] * freq).double()[:, None]  # the angle itself is a float32
     turned = pairs * torch.polar(torch.full_like(turn, factor), turn)
@@ -64,7 +64,16 @@ def test_torch_equals_the_reference(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     x = torch.randn(TOKENS, HEADS, HEAD_DIM).to(dtype)
     turns = angles(torch.arange(TOKENS) * 37, torch.rand(HEAD_DIM // 2), 1.0, dtype)
-    fast, reference = (impl.load()(x, *turns) for impl in rope.IMPLS)
-    assert fast.dtype == reference.dtype == dtype
+    mine, reference = fast.rope(x, *turns), rope(x, *turns)
+    assert mine.dtype == reference.dtype == dtype
     tolerance = 1e-6 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(fast, reference, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mine, reference, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("row_by_row", [False, True])
+def test_the_turns_of_a_step_are_made_once(row_by_row: bool) -> None:
+    positions, freq = torch.arange(TOKENS) * 37, torch.rand(HEAD_DIM // 2)
+    turns = Turns(positions, freq, 1.3, torch.float32, row_by_row)
+    assert turns.cos_sin is turns.cos_sin
+    for mine, want in zip(turns.cos_sin, angles(positions, freq, 1.3, torch.float32), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-6, atol=1e-6)

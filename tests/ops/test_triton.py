@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ pytest.importorskip("triton")
 
 from slipstream.ops.linear.triton import ROWS, STAGES, Triton, _tiles, _vector, tiles
 from slipstream.ops.linear.triton_dense import TILE, TritonDense, _dense
-from slipstream.ops.norm.reference import norm as norm_reference
-from slipstream.ops.norm.triton import norm
 
 ROOT = Path(__file__).parents[2]
 REJECT = next(impl.reject for impl in linear.IMPLS if impl.name == "triton")
@@ -153,14 +151,6 @@ def invariant(name: str, dtype: torch.dtype = F32, device: str = "cpu", rows: in
     return ((whole.double() - want).abs().max() / want.abs().max()).item()
 
 
-def norm_of_rows(device: str = "cpu") -> float:
-    x, weight = torch.randn(7, 5, 60, device=device)[:, 1:4], torch.randn(60, device=device)
-    whole = norm(x, weight, 1e-5)
-    assert whole.shape == x.shape and norm(x[:0], weight, 1e-5).shape == (0, 3, 60)
-    assert all(torch.equal(norm(x[i : i + 1], weight, 1e-5), whole[i : i + 1]) for i in range(7))
-    return (whole - norm_reference(x, weight, 1e-5)).abs().max().item()
-
-
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {
         f"{name}-{tokens}": lambda name=name, tokens=tokens: error(name, tokens, F32)  # type: ignore[misc]
@@ -173,20 +163,24 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     cases["few-tokens"], cases["many-tokens"] = lambda: tiles_of_bfloat16(5), lambda: tiles_of_bfloat16(67)
     for name in ("dense", "mxfp4", "int8", "Q4_1"):
         cases[f"invariant-{name}"] = lambda name=name: invariant(name)  # type: ignore[misc]
-    cases["norm"] = norm_of_rows
     cases["codes"] = lambda: all_codes_and_scales(F32)
     cases["nan"] = one_bad_block
     cases["none"] = no_tokens
     return cases
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
+def interpret(file: str) -> dict[str, Any]:
+    """What each case of a file of tests gives in the interpreter."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-    run = subprocess.run([sys.executable, __file__], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    run = subprocess.run([sys.executable, file], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return interpret(__file__)
 
 
 @pytest.mark.parametrize("case", interpreted())
@@ -281,7 +275,7 @@ def test_dense_compiles_for_hopper(dtype: str, monkeypatch: pytest.MonkeyPatch, 
     assert made.metadata.shared <= 100 << 10
 
 
-def main() -> None:
+def main(cases: Mapping[str, Callable[[], float | None]]) -> None:
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -292,7 +286,7 @@ def main() -> None:
 
     interpreter._patch_lang_tensor = patched
     found: dict[str, Any] = {}
-    for name, case in interpreted().items():
+    for name, case in cases.items():
         try:
             found[name] = case()
         except Exception as e:
@@ -301,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(interpreted())

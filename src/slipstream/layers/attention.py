@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,8 +14,7 @@ from slipstream.config import ModelConfig
 from slipstream.layers.linear import Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
-
-Angles = list[tuple[Tensor, Tensor]]  # cos and sin for each of ModelConfig.ropes
+from slipstream.ops.rope import Turns
 
 
 class Attention(nn.Module):
@@ -59,28 +59,24 @@ class Attention(nn.Module):
         if sinks:
             self.sinks = nn.Parameter(torch.empty(self.heads, dtype=torch.float32, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor, batch: Batch, cache: Storage, angles: Angles) -> Tensor:  # (tokens, hidden)
+    def forward(self, x: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]) -> Tensor:  # (tokens, hidden)
         tokens = x.shape[0]
         qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        if self.qk_norm:
-            qk = self._norm(qk)
-        if self.rope is not None:
-            qk = self.ops.rope(qk, *angles[self.rope])
-        q, k = qk.split((self.heads, self.kv_heads), 1)
+        norms = None
+        if self.qk_norm == "all":
+            qkv = self._norm_all(qkv)
+        elif self.qk_norm == "head":
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        turn = None if self.rope is None else turns[self.rope]
         group = batch.groups[cache.group_of(self.index)]
         keys, values = cache.layer(self.index)
-        self.ops.store_kv(k, v, keys, values, group.slots)
+        q = self.ops.attention_input(qkv, turn, norms, keys, values, group.slots)
         out = self.ops.attention(
             q, keys, values, batch, group, scale=self.scale, softcap=self.softcap, sinks=self.sinks
         )
         return self.out(out.reshape(tokens, self.heads * self.head_dim))
 
-    def _norm(self, qk: Tensor) -> Tensor:  # (tokens, heads + kv_heads, head_dim)
-        q, k = qk.split((self.heads, self.kv_heads), 1)
-        if self.qk_norm == "all":
-            q = self.q_norm(q.flatten(1)).view(q.shape)
-            k = self.k_norm(k.flatten(1)).view(k.shape)
-        else:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return torch.cat((q, k), 1)
+    def _norm_all(self, qkv: Tensor) -> Tensor:  # (tokens, heads + 2 * kv_heads, head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)
+        q, k = self.q_norm(q.flatten(1)).view(q.shape), self.k_norm(k.flatten(1)).view(k.shape)
+        return torch.cat((q, k, v), 1)

@@ -39,6 +39,12 @@ class Linear(nn.Module):
             self.parts.append((kernel, kernel.prepare(weight, self.ops.dtype)))
         self.weight = None
 
+    @property
+    def dense(self) -> Tensor | None:
+        """The weight, (out, in), where its kernel holds it as plain numbers."""
+        held = self.parts[0][1][0] if len(self.parts) == 1 else None
+        return held if held is not None and held.layout == torch.strided and held.dtype == self.ops.dtype else None
+
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in) -> (tokens, out)
         if len(self.parts) == 1:
             kernel, packed = self.parts[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slipstream.config import ModelConfig
@@ -44,7 +43,7 @@ class MoE(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.experts, self.activation = ops.experts, ops.activation
+        self.pick, self.experts, self.activation = ops.router, ops.experts, ops.activation
         self.kind, self.limit = kind, config.swiglu_limit
         self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
         n, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
@@ -53,12 +52,7 @@ class MoE(nn.Module):
         self.down = Experts(ops, n, inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
-        ids, weights = self.route(self.router(x))
+        ids, weights = self.pick(
+            x, self.router, self.top_k, softmax_first=self.softmax_first, renormalize=self.renormalize
+        )
         return self.experts(x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit)
-
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:  # (tokens, experts) -> ids, weights (tokens, top_k)
-        if not self.softmax_first:
-            best, ids = logits.topk(self.top_k, -1)
-            return ids, F.softmax(best.float(), -1)
-        weights, ids = F.softmax(logits.float(), -1).topk(self.top_k, -1)
-        return ids, weights / weights.sum(-1, keepdim=True) if self.renormalize else weights

@@ -13,9 +13,13 @@ class Norm(nn.Module):
 
     def __init__(self, ops: Ops, width: int, eps: float, *, plus_one: bool = False) -> None:
         super().__init__()
-        self.norm, self.eps = ops.norm, eps
+        self.add_norm, self.eps = ops.add_norm, eps
         dtype = torch.float32 if plus_one else ops.dtype
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., width)
-        return self.norm(x, self.weight, self.eps)
+        return self.add(x, None)[1]
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta, and the norm of it."""
+        return self.add_norm(x, delta, self.weight, self.eps)

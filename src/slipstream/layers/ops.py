@@ -20,11 +20,11 @@ class Ops:
             a thread's share by other code than the rest, whose last bit may differ.
     """
 
-    norm: Callable[..., torch.Tensor]
-    rope: Callable[..., torch.Tensor]
-    store_kv: Callable[..., None]
+    add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    attention_input: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
     activation: Callable[..., torch.Tensor]
+    router: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     experts: Callable[..., torch.Tensor]
     linear: Callable[[str, int, int, bool], LinearKernel]
     dtype: torch.dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from slipstream.batch import Batch
 from slipstream.cache.storage import Storage
 from slipstream.config import ModelConfig
-from slipstream.layers.attention import Angles, Attention
+from slipstream.layers.attention import Attention
 from slipstream.layers.linear import Embedding, Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
-from slipstream.ops.rope.reference import angles, inverse_frequencies
+from slipstream.ops.rope import Turns, inverse_frequencies
 
 
 class Layer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x). Any of the four norms may be absent:
-    before (most models), after (OLMo 2), or both (Gemma)."""
+    before (most models), after (OLMo 2), or both (Gemma).
+
+    An addition is left to the norm that comes next, which does both at once; the last one to the next layer."""
 
     def __init__(
         self,
@@ -36,13 +38,21 @@ class Layer(nn.Module):
         self.before_attention, self.after_attention = before_attention, after_attention
         self.before_mlp, self.after_mlp = before_mlp, after_mlp
 
-    def forward(self, x: Tensor, batch: Batch, cache: Storage, turns: Angles) -> Tensor:  # (tokens, hidden)
-        h = x if self.before_attention is None else self.before_attention(x)
+    def forward(
+        self, x: Tensor, delta: Tensor | None, batch: Batch, cache: Storage, turns: Sequence[Turns]
+    ) -> tuple[Tensor, Tensor]:  # each (tokens, hidden), and so are the two it returns
+        x, h = _add(self.before_attention, x, delta)
         h = self.attention(h, batch, cache, turns)
-        x = x + (h if self.after_attention is None else self.after_attention(h))
-        h = x if self.before_mlp is None else self.before_mlp(x)
+        x, h = _add(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
         h = self.mlp(h)
-        return x + (h if self.after_mlp is None else self.after_mlp(h))
+        return x, h if self.after_mlp is None else self.after_mlp(h)
+
+
+def _add(norm: Norm | None, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    if norm is not None:
+        return norm.add(x, delta)
+    x = x if delta is None else x + delta
+    return x, x
 
 
 class Transformer(nn.Module):
@@ -76,20 +86,19 @@ class Transformer(nn.Module):
         x = self.embed(batch.token_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
-        turns = self._angles(batch.positions)
+        turns = self._turns(batch.positions)
+        delta: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, batch, cache, turns)
-        x = self.norm(x[batch.logits_rows])
+            x, delta = layer(x, delta, batch, cache, turns)
+        rows = batch.logits_rows
+        x = self.norm.add(x[rows], None if delta is None else delta[rows])[1]
         logits = self.head(x).float()
         cap = self.config.final_logit_softcapping
         if cap is None or not len(logits):
             return logits
         return torch.cat([torch.tanh(rows / cap) * cap for rows in logits.split(1 if self.row_by_row else len(logits))])
 
-    def _angles(self, positions: Tensor) -> Angles:
-        device, found = positions.device, []
-        parts = positions.split(1 if self.row_by_row else len(positions))
-        for freq, factor in self._frequencies:
-            cos, sin = zip(*(angles(p, freq.to(device), factor, self.dtype) for p in parts), strict=True)
-            found.append((torch.cat(cos), torch.cat(sin)))
-        return found
+    def _turns(self, positions: Tensor) -> list[Turns]:
+        # Brought to the device once: later steps copy nothing.
+        self._frequencies = [(freq.to(positions.device), factor) for freq, factor in self._frequencies]
+        return [Turns(positions, freq, factor, self.dtype, self.row_by_row) for freq, factor in self._frequencies]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from slipstream.errors import KernelError
@@ -45,6 +46,15 @@ class Impl:
 def only_invariant(case: Case) -> str | None:
     """Why what is slower and has the same bits in any batch is not taken, where that was not asked for."""
     return None if case.batch_invariant else "is slower, so it runs only with batch_invariant"
+
+
+def needs_triton(case: Case) -> str | None:
+    """Why a Triton kernel of no other demands cannot run. Loads and stores of bfloat16 work on every such card."""
+    if case.device != "cuda":
+        return "is for CUDA devices"
+    if case.capability is not None and case.capability < (7, 0):
+        return f"needs compute capability 7.0, and this device has {'.'.join(map(str, case.capability))}"
+    return None if find_spec("triton") else "triton is not installed: pip install triton"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from slipstream.hardware import Hardware, find_hardware
 from slipstream.layers.ops import Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
-from slipstream.ops import activation, attention, linear, moe, norm, rope, sampling, store_kv
+from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
@@ -199,11 +199,11 @@ def _choose(
     width = max(config.hidden_size, config.num_heads * config.head_dim)
     chosen = {
         "norm": choose("norm", norm.IMPLS, _case(asked, hardware, dtype, width=width)),
-        "rope": choose("rope", rope.IMPLS, case),
-        "store_kv": choose("store_kv", store_kv.IMPLS, case),
+        "attention_input": choose("attention_input", attention_input.IMPLS, case),
         "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
         "activation": choose("activation", activation.IMPLS, case),
         "sampling": choose("sampling", sampling.IMPLS, case),
+        "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
         "moe": choose("moe", moe.IMPLS, case),
     }
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
@@ -217,12 +217,13 @@ def _choose(
         return kernels[key]
 
     table = Ops(
-        norm=chosen["norm"].fn, rope=chosen["rope"].fn, store_kv=chosen["store_kv"].fn, attention=chosen["attention"].fn,
-        activation=chosen["activation"].fn, experts=chosen["moe"].fn, linear=kernel, dtype=dtype, sample=chosen["sampling"].fn,
+        add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
+        activation=chosen["activation"].fn, router=chosen["router"].fn, experts=chosen["moe"].fn, linear=kernel, dtype=dtype,
+        sample=chosen["sampling"].fn,
         row_by_row=asked.batch_invariant and case.device == "cpu",
     )  # fmt: skip
     if not config.num_experts:
-        del chosen["moe"]
+        del chosen["router"], chosen["moe"]
     return list(chosen.values()), table
 
 

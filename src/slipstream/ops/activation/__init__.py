@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slipstream.ops.choose import Case, Impl, only_invariant
+from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant
 
 
 def _reference() -> Any:
@@ -19,6 +19,12 @@ def _reference() -> Any:
 
 def _native() -> Any:
     from slipstream.ops.activation.native import activation
+
+    return activation
+
+
+def _triton() -> Any:
+    from slipstream.ops.activation.triton import activation
 
     return activation
 
@@ -34,10 +40,14 @@ def _reject_native(case: Case) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def _reject_torch(case: Case) -> str | None:
+def _reject_reference(case: Case) -> str | None:
     if case.batch_invariant and case.device != "cuda":
         return "the last bit of an exponential depends on the place of a number in the tensor"
     return None
 
 
-IMPLS = (Impl("native_invariant", _native, _reject_native), Impl("torch", _reference, _reject_torch))
+IMPLS = (
+    Impl("native_invariant", _native, _reject_native),
+    Impl("triton", _triton, needs_triton),
+    Impl("reference", _reference, _reject_reference),
+)

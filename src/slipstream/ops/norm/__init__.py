@@ -1,37 +1,37 @@
-"""RMSNorm: norm(x, weight, eps) -> like x. x (..., width), weight (width,)."""
+"""The residual and its RMSNorm: add_norm(x, delta, weight, eps) -> (x + delta, norm of that sum).
+
+x, delta (..., width); weight (width,). The sum is rounded to x's dtype before it is normalised. Without a delta, x itself is.
+"""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
-from slipstream.ops.choose import Case, Impl, only_invariant
+from slipstream.ops.choose import Case, Impl, needs_triton
 
 
 def _reference() -> Any:
-    from slipstream.ops.norm.reference import norm
+    from slipstream.ops.norm.reference import add_norm
 
-    return norm
+    return add_norm
 
 
 def _torch() -> Any:
-    from slipstream.ops.norm.torch import norm
+    from slipstream.ops.norm.torch import add_norm
 
-    return norm
+    return add_norm
 
 
 def _triton() -> Any:
-    from slipstream.ops.norm.triton import norm
+    from slipstream.ops.norm.triton import add_norm
 
-    return norm
+    return add_norm
 
 
 def _reject_triton(case: Case) -> str | None:
-    if case.device != "cuda":
-        return "is for CUDA devices"
     if case.get("width", 0) > WIDEST:
         return f"takes rows of at most {WIDEST:,}, not of {case.get('width'):,}"
-    return only_invariant(case) or (None if find_spec("triton") else "triton is not installed: pip install triton")
+    return needs_triton(case)
 
 
 def _reject_torch(case: Case) -> str | None:
@@ -46,7 +46,7 @@ def _reject_reference(case: Case) -> str | None:
 
 WIDEST = 65536
 IMPLS = (
-    Impl("triton_invariant", _triton, _reject_triton),
+    Impl("triton", _triton, _reject_triton),
     Impl("torch", _torch, _reject_torch),
     Impl("reference", _reference, _reject_reference),
 )

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # (..., width)
+    x = x if delta is None else x + delta
+    return x, norm(x, weight, eps)
+
+
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # (..., width), (width,)
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)

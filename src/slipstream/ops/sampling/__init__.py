@@ -4,6 +4,9 @@ An implementation is `sample(logits, rows) -> list[int | None]`: `logits` is (ro
 `rows` holds one `Row` each. None means "this row has no token to give": its logits hold NaN or +inf, or nothing is
 left above -inf. The caller ends that request alone; the other rows are not touched by it.
 
+`PICK` are implementations of what decoding needs most, without waiting for the device: pick(logits, temperature, starts) ->
+tokens int64, ok bool, for rows with nothing but a temperature; `reference.py` says more.
+
 The draw of a row depends on its logits, its seed and its position, never on what runs beside it.
 """
 
@@ -13,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slipstream.ops.choose import Case, Impl
+from slipstream.ops.choose import Case, Impl, needs_triton
 from slipstream.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ class Row:
 
 
 Sample = Callable[["torch.Tensor", Sequence[Row]], "list[int | None]"]
+Pick = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
 
 
 def _load_torch() -> Sample:
@@ -49,6 +53,18 @@ def _load_reference() -> Sample:
     from slipstream.ops.sampling.reference import sample
 
     return sample
+
+
+def _load_pick_triton() -> Pick:
+    from slipstream.ops.sampling.triton import pick
+
+    return pick
+
+
+def _load_pick_reference() -> Pick:
+    from slipstream.ops.sampling.reference import pick
+
+    return pick
 
 
 def _reject_torch(case: Case) -> str | None:
@@ -65,3 +81,4 @@ IMPLS = (
     Impl("torch", _load_torch, _reject_torch),
     Impl("reference", _load_reference, _runs_anywhere),
 )
+PICK = (Impl("triton", _load_pick_triton, needs_triton), Impl("reference", _load_pick_reference, _runs_anywhere))

@@ -127,13 +127,17 @@ def _signed(z: int) -> int:
 
 
 def waits(rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:  # (tokens,) int64 -> (rows, tokens)
+    """The noise of each row's next token; see `noise`."""
+    return noise(torch.tensor([stream(row.seed, row.position) for row in rows], device=tokens.device), tokens)
+
+
+def noise(starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # (rows,), (tokens,) int64 -> (rows, tokens)
     """Exponential noise, float32: that of token t is made from the t-th number of the row's splitmix64 stream.
 
     A hash rather than a `torch.Generator`: 3x faster on a CPU, the same on every device up to the rounding of log1p,
     and the noise of some tokens alone is the same as theirs among all. int64 stands for uint64, so each right shift
     is masked to be logical.
     """
-    starts = torch.tensor([stream(row.seed, row.position) for row in rows], device=tokens.device)
     z = starts[:, None] + (tokens + 1) * _signed(_GOLDEN)
     z ^= (z >> 30) & (2**34 - 1)
     z *= _signed(_MIX1)
@@ -143,6 +147,20 @@ def waits(rows: Sequence[Row], tokens: torch.Tensor) -> torch.Tensor:  # (tokens
     # -u is in (-1, 0). Small u stay exact: they make the short waits that let an unlikely token win.
     minus_u = z.float().mul_(-(2.0**-63)).clamp_(2.0**-24 - 1, -(2.0**-64))
     return minus_u.log1p_().neg_()
+
+
+def pick(
+    logits: torch.Tensor, temperature: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # (rows, vocab), (rows,) float32, (rows,) int64
+    """`sample` for rows with nothing but a temperature, which waits for no device: tokens int64, and whether there is one.
+
+    `starts` holds each row's `stream(seed, position)`. A row that has no token gives 0.
+    """
+    x = logits.float()
+    peak = x.amax(-1)  # NaN where any logit is
+    race = ((x - peak[:, None]) / temperature[:, None]).exp() / noise(starts, torch.arange(x.shape[1], device=x.device))
+    tokens = torch.where(temperature == 0, x.argmax(-1), race.argmax(-1))
+    return tokens.where(peak.isfinite(), 0), peak.isfinite()
 
 
 def check_rows(logits: torch.Tensor, rows: Sequence[Row]) -> None:

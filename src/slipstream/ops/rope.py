@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +57,30 @@ def _yarn(config: RopeConfig, freq: Tensor) -> tuple[Tensor, float]:
     if config.mscale and config.mscale_all_dim:
         return mixed, temperature(config.mscale) / temperature(config.mscale_all_dim)
     return mixed, temperature(1.0)
+
+
+@dataclass(eq=False)
+class Turns:
+    """By how much the tokens of a step are turned. cos and sin are made for those who ask, once for all layers: a kernel may
+    make its own.
+
+    Attributes:
+        positions: (tokens,) int64.
+        frequencies, factor: what `inverse_frequencies` gave, on the device.
+        row_by_row: cos and sin are taken of each row alone.
+    """
+
+    positions: Tensor
+    frequencies: Tensor
+    factor: float
+    dtype: torch.dtype
+    row_by_row: bool = False
+
+    @cached_property
+    def cos_sin(self) -> tuple[Tensor, Tensor]:
+        parts = self.positions.split(1 if self.row_by_row else len(self.positions))
+        cos, sin = zip(*(angles(p, self.frequencies, self.factor, self.dtype) for p in parts), strict=True)
+        return torch.cat(cos), torch.cat(sin)
 
 
 def angles(positions: Tensor, freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

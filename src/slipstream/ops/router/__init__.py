@@ -1,0 +1,53 @@
+"""Which experts a token goes to: router(x, linear, top_k, softmax_first=, renormalize=) -> ids int32, weights float32.
+
+x (tokens, hidden); linear gives logits (tokens, experts) of it, rounded to x's dtype; if it has a `dense` weight
+(experts, hidden) and a `bias`, an implementation may do the product itself. ids, weights (tokens, top_k), the best expert first,
+and of equal ones the lower number. softmax_first: probabilities over all experts, then the best (Mixtral, Qwen), which
+`renormalize` makes add up to one; else the softmax of the best logits (gpt-oss).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant
+
+
+def _reference() -> Any:
+    from slipstream.ops.router.reference import router
+
+    return router
+
+
+def _triton() -> Any:
+    from slipstream.ops.router.triton import router
+
+    return router
+
+
+def _triton_invariant() -> Any:
+    return partial(_triton(), few=None)
+
+
+def _reject_triton(case: Case) -> str | None:
+    if case.batch_invariant:
+        return "cuBLAS multiplies where there are many tokens, and sums in another order"
+    return _reject_triton_invariant(case)
+
+
+def _reject_triton_invariant(case: Case) -> str | None:
+    if case.get("experts", 0) > 1024:
+        return f"has room for 1,024 experts, not {case.get('experts'):,}"
+    return needs_triton(case)
+
+
+def _always(case: Case) -> str | None:
+    return None
+
+
+IMPLS = (
+    Impl("triton", _triton, _reject_triton),
+    Impl("triton_invariant", _triton_invariant, _reject_triton_invariant, only_invariant),
+    Impl("reference", _reference, _always),
+)

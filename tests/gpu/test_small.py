@@ -1,0 +1,157 @@
+"""The small kernels of a step on a CUDA device, in every dtype, and in CUDA graphs. Run: pytest -m gpu tests/gpu/test_small.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slipstream.ops.activation.triton import activation
+from slipstream.ops.attention_input.triton import attention_input
+from slipstream.ops.norm.triton import add_norm
+from slipstream.ops.router.triton import router
+from slipstream.ops.sampling import Row
+from slipstream.ops.sampling.reference import sample, stream
+from slipstream.ops.sampling.torch import sample as batched
+from slipstream.ops.sampling.triton import pick
+from slipstream.request import SamplingParams
+from tests.ops import test_attention_input as entry
+from tests.ops import test_small_triton as cases
+
+pytestmark = pytest.mark.gpu
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ROUNDED = {F32: 5e-6, BF16: 8e-3, F16: 1e-3}
+DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16])
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "width"), [(1, 2880), (67, 2880), (300, 4097), (3, 65536), (5, 33)])
+def test_add_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    assert cases.add_norm(dtype, "cuda", rows, width) < ROUNDED[dtype]
+
+
+def test_norm_and_nan() -> None:
+    assert cases.norm_alone("cuda") < 5e-6
+    cases.enter_nan("cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "sizes"),
+    [(64, (67, 64, 8, 64, 300)), (128, (1, 7, 1, 128, 5)), (60, (33, 6, 3, 80, 40)), (96, (5, 3, 2, 96, 9)),
+     (256, (9, 5, 5, 256, 17)), (None, (3, 4, 2, 16, 7))],
+)  # fmt: skip
+def test_attention_input(dim: int | None, sizes: tuple[int, ...], norms: bool, dtype: torch.dtype) -> None:
+    assert cases.enter(dim, norms, dtype, "cuda", sizes) < {F32: 2e-5, BF16: 0.08, F16: 0.01}[dtype]
+
+
+def test_angles_are_right_far_out() -> None:
+    """Positions of which the angle in radians is beyond 2^20."""
+    asked = entry.case(64, False, F32, "cuda", (33, 4, 2, 64, 40))
+    asked["turns"].positions += 3_000_000
+    want = entry.oracle(**asked)[0]
+    assert (attention_input(**asked) - want).abs().max() < 2e-5
+
+
+@DTYPES
+@pytest.mark.parametrize(("experts", "top_k"), [(32, 4), (128, 8), (256, 16), (8, 2), (33, 5), (1000, 6)])
+def test_router(experts: int, top_k: int, dtype: torch.dtype) -> None:
+    for softmax_first, renormalize in ((False, True), (True, True), (True, False)):
+        assert cases.route(experts, top_k, softmax_first, renormalize, dtype, "cuda", 77) < 5e-6
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "experts"), [(1, 2880, 32), (77, 2880, 32), (300, 2048, 128), (5, 4100, 256), (17, 72, 7)]
+)
+def test_router_with_its_product(tokens: int, hidden: int, experts: int, dtype: torch.dtype) -> None:
+    assert cases.route_product(tokens, hidden, experts, dtype, "cuda") < {F32: 1e-5, BF16: 2e-2, F16: 3e-3}[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_activation(kind: str, dtype: torch.dtype) -> None:
+    for rows, inner in ((1, 2880), (67, 1537), (300, 5)):
+        assert cases.gate(kind, dtype, "cuda", rows, inner) < ROUNDED[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "vocab"), [(8, 201_088), (256, 201_088), (41, 5000), (8, 7)])
+def test_pick(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    if dtype != F32 and vocab > 10**5:
+        rows = 8
+    cases.picked(dtype, "cuda", rows, vocab)
+
+
+def test_ten_thousand_draws_are_those_of_the_samplers() -> None:
+    torch.manual_seed(0)
+    differ, whole = 0, 0
+    for i in range(40):
+        logits = 2.5 * torch.randn(256, 20_011, device="cuda")
+        params = [SamplingParams(temperature=0.3 + (i + j) % 7 / 4, seed=1000 * i + j) for j in range(256)]
+        rows = [Row(p, (1,), (2,) * (j % 5), 1000 * i + j) for j, p in enumerate(params)]
+        temperature = torch.tensor([p.temperature for p in params], device="cuda")
+        starts = torch.tensor([stream(r.seed, r.position) for r in rows], device="cuda")
+        tokens, ok = pick(logits, temperature, starts)
+        assert ok.all()
+        differ += sum(a != b for a, b in zip(tokens.tolist(), batched(logits, rows), strict=True))
+        if i % 20 == 0:
+            whole += sum(
+                a != b for a, b in zip(tokens[:64].tolist(), sample(logits[:64].cpu(), rows[:64]), strict=True)
+            )
+    print(
+        f"other tokens than ops/sampling/torch.py on this device: {differ} of 10,240; than the reference on a CPU: {whole} of 128"
+    )
+    assert differ <= 2 and whole <= 1
+
+
+def captured(call: Callable[[], Any]) -> None:
+    """Eager twice and a replay: the same bits. Everything that is allocated may hold anything."""
+    first = [t.clone() for t in call()]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for t in out:
+        t.fill_(0 if t.dtype == torch.bool else 7)
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(first, out, strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 19])
+def test_a_graph_gives_what_eager_gives(rows: int, dtype: torch.dtype) -> None:
+    x, delta, weight = torch.randn(3, rows, 2880, device="cuda").to(dtype).unbind()
+    captured(lambda: add_norm(x, delta, weight[0], 1e-5))
+    captured(lambda: router(x[:, :32], torch.clone, 4, softmax_first=False))
+    layer = cases.Layer(torch.randn(32, 2880, device="cuda").to(dtype), None)
+    captured(lambda: router(x, layer, 4, softmax_first=False))
+    captured(lambda: [activation(x, "swiglu_clamped")])
+    asked = entry.case(64, True, dtype, "cuda", (rows, 8, 2, 64, 40))
+    captured(lambda: [attention_input(**asked), asked["keys"].clone(), asked["values"].clone()])
+    heat = torch.arange(rows, device="cuda") / 5.0
+    logits, starts = torch.randn(rows, 50_001, device="cuda").to(dtype), torch.arange(rows, device="cuda") * 7919**3
+    captured(lambda: pick(logits, heat, starts))
+
+
+def test_host_is_not_waited_for() -> None:
+    logits, heat = torch.randn(5, 3000, device="cuda"), torch.ones(5, device="cuda")
+    starts: Tensor = torch.arange(5, device="cuda")
+    asked = entry.case(64, True, BF16, "cuda", (5, 8, 2, 64, 40))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pick(logits, heat, starts)
+        router(logits[:, :32], torch.clone, 4, softmax_first=True)
+        attention_input(**asked)
+        add_norm(logits, logits, logits[0], 1e-5)
+        activation(logits, "gelu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

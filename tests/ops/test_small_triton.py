@@ -1,0 +1,319 @@
+"""The small Triton kernels of a step: residual and norm, entry to attention, router, activations, sampling.
+
+Run by Triton's interpreter in a process of its own (float32 only, as bfloat16 is wrong there), and compiled for Hopper.
+tests/gpu/test_small.py runs the same cases on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+
+from slipstream.ops import activation, attention_input, norm, router, sampling
+from slipstream.ops.activation.reference import activation as activation_reference
+from slipstream.ops.activation.triton import _gate
+from slipstream.ops.activation.triton import activation as triton_activation
+from slipstream.ops.attention_input.triton import _attention_input
+from slipstream.ops.attention_input.triton import attention_input as triton_input
+from slipstream.ops.choose import Case
+from slipstream.ops.norm.reference import add_norm as norm_reference
+from slipstream.ops.norm.triton import _add_norm
+from slipstream.ops.norm.triton import add_norm as triton_norm
+from slipstream.ops.router.reference import router as router_reference
+from slipstream.ops.router.triton import TILE, _part, _router
+from slipstream.ops.router.triton import router as triton_router
+from slipstream.ops.sampling.reference import pick as pick_reference
+from slipstream.ops.sampling.reference import stream
+from slipstream.ops.sampling.triton import _finish, _race
+from slipstream.ops.sampling.triton import pick as triton_pick
+from tests.ops import test_attention_input
+from tests.ops.test_triton import inside_nan, interpret, main
+
+F32 = torch.float32
+KINDS = ("silu", "gelu", "gelu_tanh", "swiglu_clamped")
+
+
+def alone(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """All rows at once, once each row has been seen to have the same bits by itself."""
+    whole = call(x)
+    for i in {0, 1, len(x) // 2, len(x) - 1}:
+        assert torch.equal(call(x[i : i + 1]), whole[i : i + 1]), i
+    assert torch.equal(call(x), whole)
+    return whole
+
+
+def off(mine: Tensor, want: Tensor) -> float:
+    return ((mine.double() - want.double()).abs().max() / want.double().abs().max()).item()
+
+
+def add_norm(dtype: torch.dtype = F32, device: str = "cpu", rows: int = 7, width: int = 60) -> float:
+    """The sum is exactly that of torch."""
+    torch.manual_seed(rows)
+    x, delta = (inside_nan((3 * torch.randn(rows, width)).to(device, dtype)) for _ in range(2))
+    weight = torch.rand(width).to(device, dtype if width % 2 == 0 else F32)
+    total, found = triton_norm(x, delta, weight, 0.1)
+    assert torch.equal(total, x + delta) and found.dtype == dtype
+    both = torch.cat((x, delta), 1)
+    assert torch.equal(alone(lambda t: triton_norm(t[:, :width], t[:, width:], weight, 0.1)[1], both), found)
+    assert torch.equal(triton_norm(total, None, weight, 0.1)[1], found)
+    return off(found, norm_reference(total.double(), None, weight.double(), 0.1)[1])
+
+
+def norm_alone(device: str = "cpu") -> float:
+    """Parts of a wider tensor of three dims, no rows at all, and a NaN that stays in its row."""
+    x, weight = torch.randn(7, 5, 60, device=device)[:, 1:4], torch.rand(60, device=device)
+    same, whole = triton_norm(x, None, weight, 1e-5)
+    assert same is x and whole.shape == x.shape and triton_norm(x[:0], None, weight, 1e-5)[1].shape == (0, 3, 60)
+    bad = x.clone()
+    bad[2, 1, 3] = torch.nan
+    total, found = triton_norm(bad, x, weight, 1e-5)
+    assert found.isnan().any(-1).nonzero().tolist() == [[2, 1]] and total.isnan().sum() == 1
+    return off(whole, norm_reference(x.double(), None, weight.double(), 1e-5)[1])
+
+
+def enter(
+    dim: int | None, norms: bool, dtype: torch.dtype = F32, device: str = "cpu", sizes: Any = (), eager: bool = False
+) -> float:
+    if sizes and sizes[0] > 1:  # each token by itself writes and gives the same bits
+        asked = test_attention_input.case(dim, norms, dtype, device, sizes)
+        whole, keys = triton_input(**asked), asked["keys"].clone()
+        turns = asked["turns"]
+        for i in (0, sizes[0] - 1):
+            row = slice(i, i + 1)
+            one = asked | {"qkv": asked["qkv"][row], "slots": asked["slots"][row], "keys": torch.zeros_like(keys)}
+            if turns is not None:
+                one["turns"] = type(turns)(turns.positions[row], turns.frequencies, turns.factor, dtype)
+            assert torch.equal(triton_input(**one), whole[row])
+            assert torch.equal(one["keys"][one["slots"]], keys[one["slots"]])
+    return test_attention_input.run(triton_input, dim, norms, dtype, device, sizes)
+
+
+def enter_nan(device: str = "cpu") -> None:
+    """A NaN in one token's query reaches that head alone; no token, no work."""
+    asked = test_attention_input.case(20, True, F32, device)
+    asked["qkv"][2, 1, 3] = torch.nan
+    q = triton_input(**asked)
+    assert q.isnan().any(-1).nonzero().tolist() == [[2, 1]] and not asked["keys"].isnan().any()
+    assert triton_input(**asked | {"qkv": asked["qkv"][:0], "slots": asked["slots"][:0]}).shape == (0, 6, 20)
+
+
+def route(
+    experts: int, top_k: int, softmax_first: bool, renormalize: bool, dtype: torch.dtype = F32, device: str = "cpu",
+    tokens: int = 13,
+) -> float:  # fmt: skip
+    """Numbers that often are equal, so that the order of equal ones shows; then a NaN, infinities and nothing."""
+    torch.manual_seed(experts)
+    logits = inside_nan((4 * torch.randn(tokens, experts)).round().div(2).to(device, dtype))
+    options = {"softmax_first": softmax_first, "renormalize": renormalize}
+    ids, weights = triton_router(logits, torch.clone, top_k, **options)
+    want_ids, want = router_reference(logits, torch.clone, top_k, **options)
+    assert ids.dtype == torch.int32 and weights.dtype == F32 and torch.equal(ids, want_ids)
+    alone(lambda x: torch.cat([t.double() for t in triton_router(x, torch.clone, top_k, **options)], -1), logits)
+    bad = logits.clone()
+    bad[1, 2], bad[3, :4], bad[5] = torch.nan, -torch.inf, torch.nan
+    bad[7, 3], bad[9] = torch.inf, -torch.inf
+    found_ids, found = triton_router(bad, torch.clone, top_k, **options)
+    bad_ids, bad_weights = router_reference(bad, torch.clone, top_k, **options)
+    assert torch.equal(found.isnan(), bad_weights.isnan()), (found, bad_weights)
+    assert torch.equal(found_ids[[0, 2, 3, 4, 6, 8]], bad_ids[[0, 2, 3, 4, 6, 8]])
+    assert ((found_ids >= 0) & (found_ids < experts)).all()
+    assert all(len(set(row)) == top_k for row in found_ids.tolist())
+    assert triton_router(logits[:0], torch.clone, top_k, **options)[0].shape == (0, top_k)
+    return off(weights, want)
+
+
+@dataclass
+class Layer:
+    """A linear layer whose weight can be had, and which must not be called."""
+
+    dense: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise AssertionError("the kernel has the weight")
+
+
+def route_product(
+    tokens: int = 19, hidden: int = 600, experts: int = 7, dtype: torch.dtype = F32, device: str = "cpu"
+) -> float:
+    """The product too: the error of the weights; the experts are those of float64 wherever it is not too close to call."""
+    torch.manual_seed(hidden)
+    x = inside_nan(torch.randn(tokens, hidden).to(device, dtype))
+    weight = inside_nan((torch.randn(experts, hidden) * hidden**-0.5).to(device, dtype))
+    bias = torch.randn(experts).to(device, dtype)
+    logits, worst = x.double() @ weight.double().T, 0.0
+    for layer in (Layer(weight, bias), Layer(weight, None)):
+        exact = logits if layer.bias is None else logits + bias.double()
+        ids, weights = triton_router(x, layer, 3, softmax_first=True, renormalize=False)
+        alone(lambda x, layer=layer: triton_router(x, layer, 3, softmax_first=False)[1], x)
+        shares = exact.softmax(-1)
+        worst = max(worst, off(weights, shares.gather(1, ids.long())))
+        clear = exact.sort(-1).values.diff(dim=-1).amin(-1) > (1e-5 if dtype == F32 else 0.04)
+        want = exact.sort(-1, descending=True).indices[:, :3]
+        assert torch.equal(ids[clear].long(), want[clear]) and (clear.any() or tokens < 20 or experts > 30)
+        assert triton_router(x[:0], layer, 3, softmax_first=True)[0].shape == (0, 3)
+    many = triton_router(x, lambda x: logits.to(dtype), 3, softmax_first=False, few=tokens - 1)
+    assert torch.equal(many[0], triton_router(logits.to(dtype), torch.clone, 3, softmax_first=False)[0])
+    bad = x.clone()
+    bad[0, 5] = torch.nan
+    assert triton_router(bad, layer, 3, softmax_first=True)[1].isnan().any(-1).nonzero().tolist() == [[0]]
+    return worst
+
+
+def gate(kind: str, dtype: torch.dtype = F32, device: str = "cpu", rows: int = 5, inner: int = 523) -> float:
+    torch.manual_seed(inner)
+    x = inside_nan((4 * torch.randn(rows, 2 * inner)).to(device, dtype))
+    found = alone(lambda x: triton_activation(x, kind, 1.5), x)
+    assert found.dtype == dtype and triton_activation(x[None], kind, 1.5).shape == (1, rows, inner)
+    assert triton_activation(x[:0], kind).shape == (0, inner)
+    ends = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, 200.0, -200.0], device=device)
+    ends = torch.cartesian_prod(ends, ends).T.reshape(1, -1)
+    want = activation_reference(ends.double() if kind == "gelu" else ends, kind, 7.0)  # torch's erf may give NaN at inf
+    found_ends = triton_activation(ends, kind, 7.0).to(want.dtype)
+    torch.testing.assert_close(found_ends, want, equal_nan=True, rtol=1e-5, atol=1e-6)
+    return off(found, activation_reference(x.double(), kind, 1.5))
+
+
+def draws(rows: int, vocab: int, dtype: torch.dtype = F32, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(vocab)
+    logits = inside_nan((3 * torch.randn(rows, vocab)).to(device, dtype))
+    temperature = torch.tensor([0.0, 1.0, 0.3, 2.5, 1e-3, 0.0, 30.0] * rows)[:rows].to(device)
+    starts = torch.tensor([stream(seed, 3 * seed) for seed in range(rows)], device=device)
+    return logits, temperature, starts
+
+
+def picked(dtype: torch.dtype = F32, device: str = "cpu", rows: int = 41, vocab: int = 2 * 2048 + 37) -> None:
+    """The tokens of the reference, to the last; equal logits; rows that have none; one row alone."""
+    logits, temperature, starts = draws(rows, vocab, dtype, device)
+    tokens, ok = triton_pick(logits, temperature, starts)
+    assert tokens.dtype == torch.int64 and ok.dtype == torch.bool and ok.all()
+    assert torch.equal(tokens, pick_reference(logits, temperature, starts)[0])
+    bad = logits.round()  # many are equal
+    bad[1, 3], bad[2, -1], bad[3], bad[4, :-3], bad[5, 1:] = torch.nan, torch.inf, -torch.inf, -torch.inf, -torch.inf
+    bad[6] = 0
+    found, want = triton_pick(bad, temperature, starts), pick_reference(bad, temperature, starts)
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    assert found[1].logical_not().nonzero()[:, 0].tolist() == [1, 2, 3]
+    again = triton_pick(logits[7:8], temperature[7:8], starts[7:8])
+    assert again[0].item() == tokens[7].item()
+    assert triton_pick(logits[:0], temperature[:0], starts[:0])[0].shape == (0,)
+
+
+def interpreted() -> dict[str, Callable[[], float | None]]:
+    cases: dict[str, Callable[[], float | None]] = {"add_norm": add_norm, "norm": norm_alone, "nan": enter_nan}
+    cases["add_norm-1"], cases["add_norm-odd"] = partial(add_norm, rows=1, width=257), partial(add_norm, width=61)
+    for dim in (None, 20, 12):
+        for norms in (False, True):
+            cases[f"enter-{dim}-{norms}"] = partial(enter, dim, norms)
+    cases["enter-wide"] = partial(enter, 80, True, sizes=(3, 9, 3, 80, 7))
+    for i, (first, again) in enumerate(((False, True), (True, True), (True, False))):
+        cases[f"router-{i}"] = partial(route, 7, 3, first, again)
+        cases[f"router-32-{i}"] = partial(route, 32, 4, first, again)
+    cases["router-256"] = partial(route, 256, 16, True, True)
+    cases["router-product"], cases["router-product-1"] = route_product, partial(route_product, 1, 130, 40)
+    for kind in KINDS:
+        cases[kind] = partial(gate, kind)
+    cases["pick"] = picked
+    return cases
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return interpret(__file__)
+
+
+@pytest.mark.parametrize("case", interpreted())
+def test_the_kernels_in_the_interpreter(results: dict[str, Any], case: str) -> None:
+    found = results[case]
+    assert found is None or (isinstance(found, float) and found < 5e-6), found
+
+
+@pytest.mark.parametrize("op", [norm, attention_input, router, activation, sampling], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_they_serve_both_modes_and_say_what_they_need(
+    op: Any, batch_invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "triton_invariant" if op is router and batch_invariant else "triton"
+    reject = next(i.reject for i in getattr(op, "PICK", op.IMPLS) if i.name == name)
+
+    def why(device: str = "cuda", capability: Any = (9, 0), **facts: Any) -> str:
+        return str(reject(Case(device, "bfloat16", capability, {"batch_invariant": batch_invariant, **facts})))
+
+    assert why() == "None"
+    assert "CUDA" in why("cpu") and "6.1" in why(capability=(6, 1))
+    if op is router:
+        assert "1,024" in why(experts=1025)
+        assert "another order" in str(op.IMPLS[0].reject(Case("cuda", "bfloat16", (9, 0), {"batch_invariant": True})))
+    monkeypatch.setattr("slipstream.ops.choose.find_spec", lambda name: None)
+    assert "pip install triton" in why()
+
+
+KERNELS: dict[
+    str, tuple[Any, dict[str, Any], dict[str, str], int]
+] = {  # constants, types that are not bf16 or i32, warps
+    "add_norm": (_add_norm, {"SIZE": 4096}, {"eps": "fp32"}, 8),
+    "attention_input": (
+        _attention_input,
+        {"HEAD_DIM": 64, "HALF": 32, "HEADS": 8, "SIZE": 64, "q_weight": None, "k_weight": None},
+        {"positions": "*i64", "freq": "*fp32", "slots": "*i64", "factor": "fp32", "eps": "fp32"},
+        4,
+    ),
+    "router": (
+        _router,
+        {"SOFTMAX_FIRST": False, "RENORMALIZE": True, "EXPERTS": 32, "TOP_K": 4, "PARTS": 15, "ROUND": tl.bfloat16},
+        {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"},
+        1,
+    ),
+    "router_product": (_part, {"STEPS": 3, "BLOCK_N": 32, **TILE}, {"out": "*fp32"}, 4),
+    "activation": (_gate, {"KIND": "swiglu_clamped", "BLOCK": 512}, {"limit": "fp32"}, 4),
+    "race": (
+        _race,
+        {"PIECE": 1024},
+        {"logits": "*fp32", "temperature": "*fp32", "starts": "*i64", "found": "*fp32", "ids": "*i32"},
+        4,
+    ),
+    "finish": (
+        _finish,
+        {"PIECES": 256},
+        {"temperature": "*fp32", "found": "*fp32", "ids": "*i32", "tokens": "*i64", "ok": "*i1"},
+        1,
+    ),
+}
+NUMBERS = (
+    "x_stride", "delta_stride", "w_stride", "part_stride", "stride", "width", "heads", "kv_heads", "experts", "top_k", "inner",
+    "vocab", "size", "pieces", "tokens", "hidden",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_it_compiles_for_hopper_without_spills(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, constants, types, warps = KERNELS[name]
+    signature = {
+        a: "constexpr" if a in constants else types.get(a, "i32" if a in NUMBERS else "*bf16") for a in kernel.arg_names
+    }
+    made = triton.compile(
+        ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}
+    )
+    stack = 32 if name == "attention_input" else 0  # angles of more than 105,615 are reduced by a table on the stack
+    held = [line for line in made.asm["ptx"].splitlines() if line.strip().startswith(".local")]
+    assert sum(int(line.partition("[")[2].partition("]")[0]) for line in held) <= stack, held
+
+
+if __name__ == "__main__":
+    main(interpreted())
