@@ -159,22 +159,20 @@ def load_once(folder: Path, device: str, check: bool = False) -> dict[str, Any]:
     return found
 
 
+PROGRAM = """
+import sys
+from slipstream import LLM, SamplingParams
+folder, prompt, device = sys.argv[1:]
+params = SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True)
+for text in LLM(folder, device=device, max_model_len=4096).stream(prompt, params):
+    print(text, end="", flush=True)
+"""
+
+
 def first_token(folder: Path, device: str) -> float:
-    """Seconds from the start of `slipstream generate` to the first byte that it prints."""
+    """Seconds from the start of a process to the first byte that it prints."""
     began = time.perf_counter()
-    program = "from slipstream.cli.main import main; main()"
-    options = [
-        "--max-new-tokens",
-        "4",
-        "--temperature",
-        "0",
-        "--ignore-eos",
-        "--device",
-        device,
-        "--max-model-len",
-        "4096",
-    ]
-    command = [sys.executable, "-c", program, "generate", str(folder), PROMPT, *options]
+    command = [sys.executable, "-c", PROGRAM, str(folder), PROMPT, device]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)
     assert run.stdout is not None
     if not run.stdout.read(1):
@@ -198,7 +196,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.size == "child":
         return child(Path(asked.folder), asked.device, asked.check)
-    from gpu_weights import SIZES, config, write
+    from gpu_weights import config, write
     from record import record
 
     folder = Path(tempfile.mkdtemp(dir=asked.folder))
@@ -211,7 +209,7 @@ def main() -> None:
         read = max(read_rate(folder, READERS, BLOCK) for _ in range(RUNS))
         copy = copy_rate(asked.device)
         size, took = runs[0]["bytes"], statistics.median(r["load_s"] for r in runs)
-        more = {
+        more: dict[str, Any] = {
             name: round(statistics.median(r[name] for r in runs), 3)
             for name in ("load_s", "import_s", "plan_s", "start_to_loaded_s")
         }
@@ -224,19 +222,21 @@ def main() -> None:
                 "cold_s": round(load_once(folder, asked.device)["load_s"], 3), "cold_read_gb_s": round(cold / GB, 2)
             }  # fmt: skip
             read_rate(folder, READERS, BLOCK)
-        tokens = [first_token(folder, asked.device) for _ in range(RUNS)]
         limit = min(read, copy)
-        print({"gb_s": size / took / GB, "of_limit": size / took / limit, "first_token_s": tokens, **more, "of": SIZES})
-        if asked.size == "tiny":
-            return
-        import torch
-
-        gpu = torch.cuda.get_device_name()
+        print({"gb_s": size / took / GB, "of_limit": size / took / limit, **more}, flush=True)
+        recorded = asked.size != "tiny"
         packages, choices = ("torch", "tokenizers"), runs[0]["choices"]
-        record("gpu.load", size / took / GB, "GB/s", limit=round(limit / GB, 1), versions=packages, choices=choices,
-               gpu=gpu, fraction=round(size / took / limit, 3), **more)  # fmt: skip
-        record("gpu.first_token", statistics.median(tokens), "s", limit=round(size / limit, 2), versions=packages,
-               choices=choices, gpu=gpu, runs=[round(t, 2) for t in tokens])  # fmt: skip
+        if recorded:
+            import torch
+
+            more["gpu"] = torch.cuda.get_device_name()
+            record("gpu.load", size / took / GB, "GB/s", limit=round(limit / GB, 1), versions=packages, choices=choices,
+                   fraction=round(size / took / limit, 3), **more)  # fmt: skip
+        tokens = [first_token(folder, asked.device) for _ in range(RUNS)]
+        print({"first_token_s": tokens})
+        if recorded:
+            record("gpu.first_token", statistics.median(tokens), "s", limit=round(size / limit, 2), versions=packages,
+                   choices=choices, gpu=more["gpu"], runs=[round(t, 2) for t in tokens])  # fmt: skip
     finally:
         shutil.rmtree(folder)
 

@@ -91,10 +91,26 @@ class Weight:
         Raises:
             ValueError, RuntimeError, IndexError: it cannot take them.
         """
-        if self.transform is rows:  # in plain numbers: torch.cat on the meta device imports a compiler for a second
-            if len({s[1:] for s in shapes}) != 1 or not shapes[0]:
-                raise ValueError("rows of different widths")
-            return (sum(s[0] for s in shapes), *shapes[0][1:])
-        import torch
+        return _shape(self.transform, shapes)
 
-        return tuple(self.transform([torch.empty(s, device="meta") for s in shapes]).shape)
+
+def _shape(turn: Transform, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """In plain numbers, as torch.cat and torch.stack on the meta device import a compiler for a second or two."""
+    if turn is stack_gate_up:
+        shapes = [_shape(rows, pair) for pair in zip(shapes[::2], shapes[1::2], strict=True)]
+    if turn in (stack_experts, stack_gate_up):
+        if len(set(shapes)) != 1:
+            raise ValueError("experts of different shapes")
+        return len(shapes), *shapes[0]
+    first, *rest = shapes
+    if turn is rows:
+        if not first or any(s[1:] != first[1:] or not s for s in rest):
+            raise ValueError("rows of different widths")
+        return sum(s[0] for s in shapes), *first[1:]
+    if turn is transpose_experts or (turn is part_gate_up and len(first) == 3):
+        return first[0], first[2], first[1], *first[3:]
+    if turn in (part_rows, part_gate_up):
+        return first[0], *first[1:]
+    if turn is plus_one:
+        return first
+    raise AssertionError(f"{turn} has no rule for its shape")
