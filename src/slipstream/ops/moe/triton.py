@@ -18,6 +18,7 @@ from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import kernels
 
+PRE = True
 FEW = 32  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
 # Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
 PLACES = ((15, (8, 7, 6)), (9, (2, 1, 0)), (3, (28, 27, 26)), (13, (14, 5, 4)))
@@ -30,6 +31,10 @@ class Tiles(NamedTuple):
     blocks: int  # of 32 inputs a step
     warps: int
     stages: int
+
+    @property
+    def mixed(self) -> bool:
+        return self.left and self.warps >= 4
 
 
 def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple[Tensor, ...]:
@@ -99,7 +104,7 @@ def experts(
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
-    pairs = tokens * top_k
+    pairs, chain = tokens * top_k, x.is_cuda
     x, ids, weights = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, ids.contiguous(), weights.contiguous()))
     inner = down[0].shape[2] * 32 if len(down) == 2 else down[0].shape[2]
     tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2)
@@ -108,10 +113,14 @@ def experts(
     sums = torch.empty(parts, pairs, hidden, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         schedule = _schedule(ids, number, tiles.pairs) if pairs > FEW else (ids.view(-1), None)
+        if tiles.mixed:
+            x = x.view(tokens, hidden // 32, 4, 4, 2).transpose(2, 3).reshape(tokens, hidden)
         _product(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
         _product(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
         size = min(1024, triton.next_power_of_2(hidden))
-        kernels.add[(tokens, triton.cdiv(hidden, size))](sums, weights, out, hidden, pairs, parts, top_k, size)
+        kernels.add[(tokens, triton.cdiv(hidden, size))](
+            sums, weights, out, hidden, pairs, parts, top_k, size, CHAIN=chain, launch_pdl=chain
+        )
     return out
 
 
@@ -125,6 +134,7 @@ def _schedule(ids: Tensor, number: int, size: int) -> tuple[Tensor, Tensor]:
     kernels.schedule[(number,)](
         ids, tiles, order, pairs, most,
         BINS=triton.next_power_of_2(number + 1), BLOCK_M=size, SIZE=min(1024, triton.next_power_of_2(pairs)),
+        CHAIN=ids.is_cuda, launch_pdl=ids.is_cuda,
     )  # fmt: skip
     return tiles, order
 
@@ -148,6 +158,8 @@ def _product(
         x, data, scales, bias, *schedule, out, x.stride(0), slabs, blocks, pairs, share, steps, limit, KIND=kind,
         LEFT=tiles.left, BLOCK_M=tiles.pairs, SLABS=tiles.slabs, BLOCKS=tiles.blocks,
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
+        MIXED=tiles.mixed, EVEN=blocks % tiles.blocks == 0, CHAIN=x.is_cuda, launch_pdl=x.is_cuda,
+        PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None and PRE else 0,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
