@@ -42,6 +42,7 @@ TABLE = {
     "up to 40": Tiles(True, 32, 8, 2, 4, 4),
     "up to 96": Tiles(True, 64, 8, 2, 4, 4),
     "more": Tiles(True, 128, 8, 2, 4, 3),
+    "few, dense": Tiles(True, 8, 4, 4, 2, 4),
     "more, dense": Tiles(False, 128, 16, 2, 8, 3),
     "float32": Tiles(False, 16, 2, 2, 4, 2),
 }
@@ -187,9 +188,9 @@ def _mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
 def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool) -> Tiles:
     if dtype != torch.bfloat16:
         return TABLE["float32"]
-    if pairs <= FEW:
-        return TABLE["few"]
     each = pairs / number
+    if pairs <= FEW or (each <= 5 and not packed):
+        return TABLE["few" if packed else "few, dense"]
     for most in (5, 12, 40, 96):
         if each <= most:
             return TABLE[f"up to {most}"]
