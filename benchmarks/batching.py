@@ -209,10 +209,11 @@ def main() -> None:
             "q": ("continuous", str(gguf), asked.max_num_seqs, 1),
         }
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-        for round in range(max(asked.rounds, asked.peer_rounds)):
+        for turn in range(max(asked.rounds, asked.peer_rounds)):
             for name, (side, path, seqs, rounds) in sides.items():
-                if round < rounds:
+                if turn < rounds:
                     runs[name].append(apart(side, folder, path, str(seqs)))
+                    print(f"{name}: {runs[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
 
     lengths = [new for _, new in jobs]
     for name, rows in runs.items():

@@ -121,8 +121,7 @@ def check_queues(s: Scheduler) -> None:
         assert ids == sorted(ids), "first come, first served: whoever runs came before whoever waits"
     assert all(q.finish_reason is None for q in (*s.running, *s.waiting))
     assert all(s.pages.held(q.id) == () for q in s.waiting), "who waits holds nothing"
-    assert set(s.pages._tables) == {q.id for q in s.running if q.begun and s.pages.held(q.id)}
-    assert {q.id for q in s._making.values()} <= {q.id for q in s.running if q.begun}, "who computes a page runs"
+    assert set(s.pages._tables) == {q.id for q in s.running if s.pages.held(q.id)}
 
 
 def trace(seed: int, *, longest: int = 40) -> Counter[str]:
@@ -307,16 +306,11 @@ def test_a_lost_token_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_younger_request_going_first_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def back(self: Scheduler, seq: Sequence) -> None:
-        self._release(seq)
-        seq.rank = 0
+        self.pages.free(seq.id)
+        seq.computed = seq.rank = 0
         self.waiting.add(seq)
 
     monkeypatch.setattr(Scheduler, "_preempt", back)
-    traces_fail()
-
-
-def test_a_page_that_stays_under_way_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scheduler, "_made", lambda self, seq, names: None)
     traces_fail()
 
 
@@ -669,26 +663,40 @@ def test_the_bound_is_what_those_before_take_one_by_one() -> None:
 # Pages that are found again.
 
 
-def test_what_is_being_computed_for_another_is_waited_for() -> None:
-    """Three with the same beginning, and one without: it does not wait with them."""
+def test_what_a_step_computes_is_shared_in_the_same_step() -> None:
+    """Three with the same beginning, and one without."""
     s = scheduler(caching=True, max_num_batched_tokens=64)
     prompt = tuple(range(100, 130))
     for tokens in (prompt, prompt, (*prompt[:9], 5), tuple(range(10))):
         s.add(tokens, SamplingParams(max_new_tokens=2), seed=0, eos=())
-    assert lengths(tick(s)) == [(1, 0, 30), (4, 0, 10)]
-    assert lengths(tick(s)) == [(1, 30, 1), (2, 28, 2), (3, 8, 2), (4, 10, 1)]
+    assert lengths(tick(s)) == [(1, 0, 30), (2, 28, 2), (3, 8, 2), (4, 0, 10)]
     assert s.counters.cached_tokens == 28 + 8 and s.counters.preemptions == 0
 
 
-def test_who_waited_for_one_that_is_cancelled_computes_it_itself() -> None:
+def test_a_long_beginning_is_computed_once_in_several_steps() -> None:
     s = scheduler(caching=True, max_num_batched_tokens=16)
     prompt = tuple(range(100, 140))
     first, *_ = [s.add(prompt, SamplingParams(max_new_tokens=2), seed=0, eos=()) for _ in range(3)]
     assert lengths(tick(s)) == [(1, 0, 16)]
+    assert lengths(tick(s)) == [(1, 16, 16)]
     s.finish(first, "abort")
-    assert lengths(tick(s)) == [(2, 16, 16)], "what was finished is there"
-    assert lengths(tick(s)) == [(2, 32, 8)]
-    assert lengths(tick(s)) == [(2, 40, 1), (3, 36, 4)]
+    assert lengths(tick(s)) == [(2, 32, 8), (3, 36, 4)], "what was finished is there"
+    s.pages.check()
+
+
+def test_what_a_broken_step_was_to_fill_is_not_found() -> None:
+    s = scheduler(caching=True)
+    prompt = tuple(range(100, 112))
+    seq = s.add(prompt, SamplingParams(max_new_tokens=9), seed=0, eos=())
+    tick(s), tick(s)
+    step = s.next()
+    while step is not None and step.chunks[0].end < 16:
+        s.commit(step, {seq.id: 9})
+        step = s.next()
+    assert step is not None
+    s.spoil(step)
+    s.finish(seq, "abort")
+    assert s.pages.num_cached == (3,), "the page of tokens 12 to 15 was to be filled by that step"
     s.pages.check()
 
 

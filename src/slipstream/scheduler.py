@@ -5,8 +5,9 @@ decode, the next piece of the prompt for the others), then lets in what waits, w
 the sequence that was let in last gives all of its pages back and is computed again later; its answer does not change. So
 whoever was let in first always moves on, and everyone ends within a number of steps that `bound` computes.
 
-Full pages are offered to whoever comes with the same beginning (also to the sequence itself, when it is computed again).
-Where such a beginning is just being computed for another, a sequence waits for it instead of computing it too.
+Pages that a step fills are offered to whoever comes with the same beginning (also to the sequence itself, when it is
+computed again), and as soon as to those that come later in the same step: every layer writes the keys of all tokens of a
+step before it looks at any.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ class Scheduler:
         self.waiting = Waiting()
         self.running: list[Sequence] = []  # by rank
         self.counters = Counters()
-        self._making: dict[bytes, Sequence] = {}  # name of a page -> who is computing it
         self._ids = self._ranks = 0
         self._forget: list[int] = []
 
@@ -144,9 +144,6 @@ class Scheduler:
             if i == len(self.running) and (preempted or not self._let_in()):
                 break
             seq = self.running[i]
-            if not seq.begun and not self._begin(seq):
-                i += 1
-                continue
             count = min(budget, len(seq.tokens) - seq.computed)
             if seq.wants_prompt_logits:
                 count = min(count, scored)
@@ -166,6 +163,7 @@ class Scheduler:
                     prompt = tuple(seq.tokens[: seq.prompt_length])
                     started.append(Start(seq.id, prompt, seq.params, seq.seed, tuple(sorted(seq.end_ids))))
                 chunks.append(self._chunk(seq, count))
+                self._offer(chunks[-1], seq)
                 budget -= count
                 i += 1
         if not chunks:
@@ -180,31 +178,18 @@ class Scheduler:
         seq = self.waiting.first()
         if seq is None or len(self.running) >= self.max_num_seqs:
             return False
-        if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens, self._known(seq)):
+        known = self._known(seq)
+        if not self.pages.fits(len(seq.tokens), self.max_num_batched_tokens, known):
             return False
         self.waiting.take(seq)
         if not seq.rank:
             self._ranks += 1
             seq.rank = self._ranks
         self.running.append(seq)
-        return True
-
-    def _begin(self, seq: Sequence) -> bool:
-        """Take the pages that are there. False: the next one is being computed for another that was let in before."""
-        known = self._known(seq)
-        if seq.chain is not None:
-            names = seq.chain.names(seq.tokens, len(seq.tokens))
-            if len(known) < len(names) and not seq.wants_prompt_logits:
-                maker = self._making.get(names[len(known)])
-                if maker is not None and maker.rank < seq.rank:
-                    return False
-            for name in names[len(known) :]:
-                self._making.setdefault(name, seq)
         if known:
             self.pages.share(seq.id, known)
             seq.computed = len(known) * self.pages.page_size
             self.counters.cached_tokens += seq.computed
-        seq.begun = True
         return True
 
     def _known(self, seq: Sequence) -> list[bytes]:
@@ -220,22 +205,25 @@ class Scheduler:
         tokens = tuple(seq.tokens[seq.computed : end])
         return Chunk(seq.id, seq.computed, tokens, self.pages.tables(seq.id), sample=end == len(seq.tokens))
 
+    def _offer(self, chunk: Chunk, seq: Sequence) -> None:
+        """Let others find the pages that this chunk fills."""
+        size = self.pages.page_size
+        if seq.chain is not None and chunk.end // size > chunk.start // size:
+            self.pages.offer(seq.id, seq.chain.names(seq.tokens, chunk.end))
+
+    def spoil(self, step: Step) -> None:
+        """The step did not come to its end: nobody shall find the pages that it was to fill."""
+        by_id = {s.id: s for s in self.running}
+        for chunk in step.chunks:
+            seq = by_id.get(chunk.sequence)
+            if seq is not None and seq.chain is not None:
+                self.pages.forget(seq.chain.names(seq.tokens, chunk.end)[chunk.start // self.pages.page_size :])
+
     def _preempt(self, seq: Sequence) -> None:
-        self.counters.preemptions += seq.begun
-        self._release(seq)
-        self.waiting.put_back(seq)
-
-    def _release(self, seq: Sequence) -> None:
-        """Its pages go back, and it is not computing any."""
         self.pages.free(seq.id)
-        if seq.begun and seq.chain is not None:
-            self._made(seq, seq.chain.names(seq.tokens, len(seq.tokens)))
-        seq.begun, seq.computed = False, 0
-
-    def _made(self, seq: Sequence, names: list[bytes]) -> None:
-        for name in names:
-            if self._making.get(name) is seq:
-                del self._making[name]
+        seq.computed = 0
+        self.waiting.put_back(seq)
+        self.counters.preemptions += 1
 
     def commit(self, step: Step, tokens: Mapping[int, int | None]) -> list[tuple[Sequence, int | None]]:
         """Take in the sampled tokens; returns (sequence, token) for each that got one, None where its logits were bad.
@@ -255,11 +243,6 @@ class Scheduler:
                 self.finish(seq, "error")
                 out.append((seq, None))
                 continue
-            first_full = chunk.start // self.pages.page_size
-            if seq.chain is not None and chunk.end // self.pages.page_size > first_full:
-                names = seq.chain.names(seq.tokens, seq.computed)
-                self.pages.offer(seq.id, names)
-                self._made(seq, names[first_full:])
             if not chunk.sample:
                 continue
             token = tokens[chunk.sequence]
@@ -281,7 +264,7 @@ class Scheduler:
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         if reason == "error" and seq.chain is not None:  # NaN in a page would spread to whoever finds it
             self.pages.forget(seq.chain.names(seq.tokens, len(seq.tokens)))
-        self._release(seq)
+        self.pages.free(seq.id)
         self.waiting.remove(seq)
         if seq in self.running:
             self.running.remove(seq)
@@ -293,7 +276,6 @@ class Scheduler:
         self.pages = Pages(self.pages.groups, [pool.num_pages for pool in self.pages.pools], self.pages.page_size)
         self.running.clear()
         self.waiting = Waiting()
-        self._making.clear()
 
     def amend(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
         """End a sequence, or say of one that ended with this very token how it ends instead."""

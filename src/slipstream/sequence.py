@@ -29,7 +29,6 @@ class Sequence:
     max_length: int
     chain: Chain | None = None  # names its full pages; None where they are neither looked up nor offered
     rank: int = 0  # the place in the order in which sequences were let in
-    begun: bool = False  # it runs and has pages
     computed: int = 0
     known: bool = False  # the runner has been told of it
     finish_reason: FinishReason | None = None

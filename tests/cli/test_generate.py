@@ -144,7 +144,7 @@ def test_a_deadline_that_cuts_says_so(slipstream: Run, model: str) -> None:
     ran = slipstream(*words, "--json")
     (answer,) = ran.json["outputs"]
     assert (answer["finish_reason"], answer["stop_reason"]) == ("abort", "deadline") and "deadline" in ran.err
-    assert 0 < len(answer["token_ids"]) < 1000
+    assert len(answer["token_ids"]) < 1000
     chat = slipstream("chat", model, *words[3:], "--json", stdin="Hello\n")
     assert chat.json["stop_reason"] == "deadline" and chat.err == "the deadline of 0.2 s cut the answer off\n"
     kind = slipstream("generate", model, "x", "--stop", "deadline", "--max-new-tokens", 2)

@@ -111,6 +111,27 @@ def test_a_callback_cannot_run_the_engine(llm: LLM) -> None:
     assert llm.generate("the tide", GREEDY).text == want.text
 
 
+@pytest.mark.parametrize("broken", [KeyboardInterrupt, RuntimeError])
+def test_pages_of_a_broken_pass_are_not_found(llm: LLM, monkeypatch: pytest.MonkeyPatch, broken: type) -> None:
+    """They were offered when the pass was planned, and hold whatever stood there before."""
+    prompt = list(range(20, 61))
+    want = llm.generate([prompt], GREEDY)[0].outputs[0].token_ids
+    other = [90, *prompt]
+    run = llm.engine.runner.run
+
+    def fail(step):  # type: ignore[no-untyped-def]
+        raise broken
+
+    monkeypatch.setattr(llm.engine.runner, "run", fail)
+    stream = llm.submit(other, GREEDY)
+    with pytest.raises(broken):
+        stream.result()
+    monkeypatch.setattr(llm.engine.runner, "run", run)
+    found = llm.snapshot().cached_tokens
+    assert llm.generate([other], GREEDY)[0].outputs[0].token_ids and llm.snapshot().cached_tokens == found
+    assert llm.generate([prompt], GREEDY)[0].outputs[0].token_ids == want and llm.snapshot().cached_tokens > found
+
+
 def test_answers_that_were_delivered_before_stay(llm: LLM) -> None:
     params = SamplingParams(n=2, seed=0, max_new_tokens=20, ignore_eos=True, logit_bias={50: 0.0})
 

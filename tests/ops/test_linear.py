@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -66,6 +65,7 @@ def _weight(format: str, out: int, width: int, seed: int = 0) -> Weight:
         return encode(torch.from_numpy(values), name, int(group or 0))
     if BLOCKS.get(format, (0, 0))[1] == 256:  # which the gguf library only decodes
         return Weight(format, torch.from_numpy(super_blocks(format, out, width, seed)), (out, width))
+    gguf = pytest.importorskip("gguf")
     data = gguf.quantize(values, gguf.GGMLQuantizationType[format])
     return Weight(format, torch.from_numpy(data.copy()), (out, width))
 
@@ -74,6 +74,7 @@ def _numbers(weight: Weight, dtype: torch.dtype) -> Tensor:
     if weight.format == "dense":
         return weight.data.to(dtype).double()
     if weight.scales is None:
+        gguf = pytest.importorskip("gguf")
         values = gguf.dequantize(weight.data.numpy(), gguf.GGMLQuantizationType[weight.format])
         return torch.from_numpy(values.copy()).double()
     return decode(weight, torch.float64)

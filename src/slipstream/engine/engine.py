@@ -214,6 +214,7 @@ class Engine:
         except BaseException as e:
             if running and step is not None:  # half-run: the cache of this pass cannot be trusted
                 lost = [self._answers[c.sequence] for c in step.chunks]
+                self.scheduler.spoil(step)
             else:  # half-counted: no queue and no page table can be trusted
                 lost = list(self._answers.values())
                 self.scheduler.reset()

@@ -198,16 +198,14 @@ class _Run:
         self.llm, self.given, self.journal, self.bases = llm, given, journal, bases
         self.progress = progress or (lambda done, total, tokens: None)
         self.pump = Pump(llm.engine, self._make, _FAILURES)
-        self.again: deque[Item] = deque()  # were in a pass that raised; whose fault it was shows alone
+        self.again: deque[Item] = deque()  # were in a pass that raised; whose fault it was shows at the end, alone
 
     def go(self) -> None:
         """Answer what the journal has not. Whatever stops it, the journal holds every answer that was finished."""
         with contextlib.closing(self._left()) as left:
-            self._answer(self._until_trouble(left))
-            while self.again:
-                self._answer(iter([self.again.popleft()]), alone=True)
-                if not self.again:
-                    self._answer(self._until_trouble(left))
+            self._answer(left)
+        while self.again:
+            self._answer(iter([self.again.popleft()]), alone=True)
 
     def _answer(self, items: Iterator[Item], *, alone: bool = False) -> None:
         with contextlib.closing(self.pump.run(items)) as passes:
@@ -218,10 +216,6 @@ class _Run:
                     else:
                         self._keep(ride)
                 self._show()
-
-    def _until_trouble(self, left: Iterator[Item]) -> Iterator[Item]:
-        while not self.again and (item := next(left, None)) is not None:
-            yield item
 
     def _left(self) -> Generator[Item, None, None]:
         digest = hashlib.sha256()

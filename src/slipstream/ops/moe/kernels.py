@@ -5,24 +5,38 @@ rows of weights. The weights are the left side of the product: the tensor cores 
 not fill them. In a stack that is followed by the activation a slab is 8 rows of the gate and the same 8 of up, which the
 tensor cores then leave with one thread.
 
-How mxfp4 is laid out, per slab and block of 32 inputs: 64 words, of which thread 4 g + t of a warp is to hold two, for rows
-g and g + 8. A word has 8 codes, in the order in which a tensor core's left side wants them: pair p, half e is input
-8 p + 2 t + e. Their bits stand so that a rotation and a mask give bfloat16 pairs (`PLACES` in triton.py): sign, exponent
-and mantissa at bits 15, 8 to 7 and 6 make the number times 2^-126; the scale, held times 2^126, makes it right, exactly.
+How mxfp4 is laid out, per slab and two blocks of 32 inputs: 128 words, of which thread 4 g + t of a warp is to hold four:
+(block, half) of rows g and g + 8. A word's pair 2 i + j, element e is input 16 i + 4 t + 2 j + e of its block, as mma.sync
+takes it after Triton's pass over K. Codes' bits stand so that a rotation and a mask give bfloat16 pairs (`PLACES` in
+triton.py): sign, exponent and mantissa at bits 15, 8 to 7 and 6 are the number times 2^-126, and the scale is held times
+2^126, which makes it right, exactly. The eight rows' scales follow in the same order, four in a word.
+
+A warpgroup's product (wgmma) takes element e of pair 2 i + j at place 16 i + 8 j + 2 t + e, so its other side must be MIXED:
+input 16 i + 4 t + 2 j + e stands there. Weights then go from a load straight into a product, in the thread that loaded them.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MUL = "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }"  # sm_80 has no mul
+MUL = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")  # sm_80 has no mul
+# Triton 3.6 lets a product run on while the registers that it reads are filled for the next step. PTX forbids that.
+WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;")
+PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
-def schedule(ids, experts, order, num_pairs, num_tiles, BINS: tl.constexpr, BLOCK_M: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def schedule(  # type: ignore[no-untyped-def]
+    ids, experts, order, num_pairs, num_tiles,
+    BINS: tl.constexpr, BLOCK_M: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
     """One program an expert. experts (tiles): the expert of each tile, -1 for those beyond the last; order (tiles,
     BLOCK_M): the pairs in each tile, in order, num_pairs where there is none."""
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
     own = tl.program_id(0)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, num_pairs, SIZE):
@@ -48,47 +62,65 @@ def schedule(ids, experts, order, num_pairs, num_tiles, BINS: tl.constexpr, BLOC
 
 
 @triton.jit
-def _mxfp4(words, scales, SLABS: tl.constexpr, BLOCKS: tl.constexpr, COMPUTE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(SLABS, BLOCKS * 64) words and (SLABS, BLOCKS * 16) scale bytes -> (SLABS * 16, BLOCKS * 32) numbers."""
-    words = words.to(tl.uint32, bitcast=True).reshape(SLABS, BLOCKS, 8, 4, 2)
+def _times(a, b):  # type: ignore[no-untyped-def]
+    """Pairs of bfloat16 in words."""
+    return tl.inline_asm_elementwise(MUL, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _mxfp4(  # type: ignore[no-untyped-def]
+    words, scales, SLABS: tl.constexpr, TWOS: tl.constexpr, COMPUTE: tl.constexpr, MIXED: tl.constexpr
+):
+    """(SLABS, TWOS * 128) words and (SLABS, TWOS * 8) words of four scales -> (SLABS * 16, TWOS * 64) numbers."""
+    words = words.to(tl.uint32, bitcast=True).reshape(SLABS, TWOS, 8, 4, 2, 2)  # slab, two blocks, g, t, block, half
+    scales = scales.to(tl.uint32, bitcast=True)
+    s = tl.join(tl.join(scales & 255, (scales >> 16) & 255), tl.join((scales >> 8) & 255, scales >> 24))
+    s = s.reshape(SLABS, TWOS, 8, 1, 2, 2)
     a = words & 0x81C081C0
     b = (words << 6) & 0x81C081C0
     c = ((words << 12) | (words >> 20)) & 0x81C081C0
     d = ((words << 2) & 0x80C080C0) | ((words >> 6) & 0x01000100)
-    s = scales.to(tl.uint32).reshape(SLABS, BLOCKS, 8, 1, 2)
-    if COMPUTE == tl.bfloat16:
-        s = tl.broadcast_to(s * 0x00800080, (SLABS, BLOCKS, 8, 4, 2))
-        a = tl.inline_asm_elementwise(MUL_ASM, "=r,r,r", [a, s], dtype=tl.uint32, is_pure=True, pack=1)
-        b = tl.inline_asm_elementwise(MUL_ASM, "=r,r,r", [b, s], dtype=tl.uint32, is_pure=True, pack=1)
-        c = tl.inline_asm_elementwise(MUL_ASM, "=r,r,r", [c, s], dtype=tl.uint32, is_pure=True, pack=1)
-        d = tl.inline_asm_elementwise(MUL_ASM, "=r,r,r", [d, s], dtype=tl.uint32, is_pure=True, pack=1)
-        pairs = tl.join(tl.join(a, c), tl.join(b, d))
+    if COMPUTE == tl.bfloat16:  # noqa: SIM300
+        s = tl.broadcast_to(s * 0x00800080, (SLABS, TWOS, 8, 4, 2, 2))
+        pairs = tl.join(tl.join(_times(a, s), _times(c, s)), tl.join(_times(b, s), _times(d, s)))
         low = (pairs & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         high = (pairs >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         pairs = tl.join(tl.join(a, c), tl.join(b, d))
-        s = (s << 23).to(tl.float32, bitcast=True)[:, :, :, :, :, None, None]
+        s = (s << 23).to(tl.float32, bitcast=True)[:, :, :, :, :, :, None, None]
         low = (pairs << 16).to(tl.float32, bitcast=True) * s
         high = (pairs & 0xFFFF0000).to(tl.float32, bitcast=True) * s
-    both = tl.join(low, high).reshape(SLABS, BLOCKS, 8, 4, 2, 4, 2)  # slab, block, g, t, half, pair, element
-    return both.permute(0, 4, 2, 1, 3, 5, 6).reshape(SLABS * 16, BLOCKS * 32)
+    both = tl.join(low, high)  # slab, two blocks, g, t, block, half, i, j, e
+    if MIXED:
+        both = both.permute(0, 5, 2, 1, 4, 6, 7, 3, 8)
+    else:
+        both = both.permute(0, 5, 2, 1, 4, 6, 3, 7, 8)
+    return both.reshape(SLABS * 16, TWOS * 64)
 
 
-MUL_ASM = tl.constexpr(MUL)
+@triton.jit
+def _load(pointers, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A mask costs instructions in the loop."""
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=inside[None, :], other=0)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit"])
 def tiles(  # type: ignore[no-untyped-def]
-    x, data, scales, bias, experts, order, out, x_stride, num_slabs, num_blocks, num_pairs, share, steps, limit,
+    x, data, scales, bias, experts, order, out, x_stride, num_slabs, num_blocks, num_inputs, num_pairs, share, steps, limit,
     KIND: tl.constexpr, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, SLABS: tl.constexpr, BLOCKS: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    COMPUTE: tl.constexpr, MIXED: tl.constexpr, EVEN: tl.constexpr, CHAIN: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """The product of x[pair // share] and the weights of the pair's expert; with a KIND of activation, after it.
 
-    Over `steps` steps of BLOCKS * 32 inputs: out (parts, pairs, rows), without bias if there are several parts. Without
-    `order` a tile has one pair.
+    Over `steps` steps of BLOCKS * 32 inputs: out (parts, pairs, rows); the bias is in the first part. Without `order`, tile
+    i is pair i alone. CHAIN: the kernels of a layer start before the one before has ended (Hopper).
     """
     tile, part = tl.program_id(1), tl.program_id(2)
+    if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
+        gdc_wait()
+        gdc_launch_dependents()
     expert = tl.load(experts + tile).to(tl.int64)
     if expert < 0:
         return
@@ -97,63 +129,85 @@ def tiles(  # type: ignore[no-untyped-def]
         pairs = tl.where(inside == 0, tile, num_pairs)
     else:
         pairs = tl.load(order + tile * BLOCK_M + inside)
+    there = (pairs < num_pairs)[:, None]
     slab = tl.program_id(0) * SLABS + tl.arange(0, SLABS)
     real = tl.minimum(slab, num_slabs - 1)  # what is beyond the last repeats it, and is not stored
     x += (tl.minimum(pairs, num_pairs - 1) // share).to(tl.int64)[:, None] * x_stride
-    data += expert * num_slabs * num_blocks * (512 if scales is None else 64)
-    if scales is not None:
-        scales += expert * num_slabs * num_blocks * 16
-    total = tl.zeros((SLABS * 16, BLOCK_M) if LEFT else (BLOCK_M, SLABS * 16), tl.float32)
+    if scales is None:
+        row = (real[:, None] * 16 + tl.arange(0, 16)[None, :]).reshape(SLABS * 16)
+        data += expert * num_slabs * num_inputs * 16
+    else:
+        data += expert * num_slabs * num_blocks * 64
+        scales += expert * num_slabs * num_blocks * 4
     first = part * steps * BLOCKS
+    HEIGHT: tl.constexpr = 16 if KIND is None else 8  # of what a slab leaves
+    columns, width = tl.program_id(0) * SLABS * HEIGHT + tl.arange(0, SLABS * HEIGHT), num_slabs * HEIGHT
+    if bias is not None:
+        if KIND is None:
+            first_bias = tl.load(bias + expert * width + columns, mask=(columns < width) & (part == 0), other=0)
+        else:
+            first_bias = tl.load(bias + expert * 2 * width + columns, mask=columns < width, other=0)
+            second_bias = tl.load(bias + (expert * 2 + 1) * width + columns, mask=columns < width, other=0)
+    if CHAIN and KIND is None:
+        if PREFETCH > 0:  # weights on their way to the L2 before the input is there
+            lines = first * 64 + tl.arange(0, PREFETCH) * 32
+            ahead = data + (real * num_blocks * 64)[:, None] + lines[None, :]
+            ahead = tl.where((lines < tl.minimum(first + steps * BLOCKS, num_blocks) * 64)[None, :], ahead, data)
+            tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [ahead], dtype=tl.int32, is_pure=False, pack=1)
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros((SLABS * 16, BLOCK_M) if LEFT else (BLOCK_M, SLABS * 16), tl.float32)
     for block in range(first, tl.minimum(first + steps * BLOCKS, num_blocks), BLOCKS):
         at = block * 32 + tl.arange(0, BLOCKS * 32)
-        part_x = tl.load(x + at[None, :], mask=(at < num_blocks * 32)[None, :] & (pairs < num_pairs)[:, None], other=0)
+        mask = there if EVEN else there & (at < num_inputs)[None, :]
+        part_x = tl.load(x + at[None, :], mask=mask, other=0)  # what is not there is not read
         if scales is None:
-            row = (real[:, None] * 16 + tl.arange(0, 16)[None, :]).reshape(SLABS * 16)
-            inner = (at < num_blocks * 32)[None, :]
-            weight = tl.load(data + (row * num_blocks * 32)[:, None] + at[None, :], mask=inner, other=0).to(COMPUTE)
+            weight = _load(data + row[:, None] * num_inputs + at[None, :], at < num_inputs, EVEN)
+            weight = weight.to(COMPUTE)
         else:
             at = block * 64 + tl.arange(0, BLOCKS * 64)
-            inner = (at < num_blocks * 64)[None, :]
-            words = tl.load(data + (real * num_blocks * 64)[:, None] + at[None, :], mask=inner, other=0)
-            at = block * 16 + tl.arange(0, BLOCKS * 16)
-            inner = (at < num_blocks * 16)[None, :]
-            bytes = tl.load(scales + (real * num_blocks * 16)[:, None] + at[None, :], mask=inner, other=0)
-            weight = _mxfp4(words, bytes, SLABS, BLOCKS, COMPUTE)
+            words = _load(data + (real * num_blocks * 64)[:, None] + at[None, :], at < num_blocks * 64, EVEN)
+            at = block * 4 + tl.arange(0, BLOCKS * 4)
+            fours = _load(scales + (real * num_blocks * 4)[:, None] + at[None, :], at < num_blocks * 4, EVEN)
+            weight = _mxfp4(words, fours, SLABS, BLOCKS // 2, COMPUTE, MIXED)
         if LEFT:
             total = tl.dot(weight, part_x.to(COMPUTE).T, total, input_precision="ieee")
+            if MIXED and CHAIN:
+                tl.inline_asm_elementwise(WAIT, "=r,r", [block], dtype=tl.int32, is_pure=False, pack=1)
         else:
             total = tl.dot(part_x.to(COMPUTE), weight.T, total, input_precision="ieee")
     if not LEFT:
         total = total.T
     if KIND is None:
-        columns, width = tl.program_id(0) * SLABS * 16 + tl.arange(0, SLABS * 16), num_slabs * 16
-        if bias is not None and part == 0:
-            bias += expert * width
-            total += tl.load(bias + columns, mask=columns < width, other=0).to(tl.float32)[:, None]
+        if bias is not None:
+            total += first_bias.to(tl.float32)[:, None]
     else:
-        columns, width = tl.program_id(0) * SLABS * 8 + tl.arange(0, SLABS * 8), num_slabs * 8
-        halves = total.reshape(SLABS, 2, 8, BLOCK_M).permute(0, 2, 3, 1)
-        gate, up = tl.split(halves)
+        gate, up = tl.split(total.reshape(SLABS, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
         gate, up = gate.reshape(SLABS * 8, BLOCK_M), up.reshape(SLABS * 8, BLOCK_M)
         if bias is not None:
-            bias += expert * width * 2
-            gate += tl.load(bias + columns, mask=columns < width, other=0).to(tl.float32)[:, None]
-            up += tl.load(bias + width + columns, mask=columns < width, other=0).to(tl.float32)[:, None]
+            gate += first_bias.to(tl.float32)[:, None]
+            up += second_bias.to(tl.float32)[:, None]
         if KIND == "swiglu_clamped":
             gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
             up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL) + 1
             total = gate * tl.sigmoid(1.702 * gate) * up
         else:
             total = gate * tl.sigmoid(gate) * up
-    out += (part.to(tl.int64) * num_pairs + pairs.to(tl.int64))[None, :] * width
     mask = (columns < width)[:, None] & (pairs < num_pairs)[None, :]
+    if MIXED and KIND is not None:
+        columns = (columns & ~14) | ((columns & 12) >> 1) | ((columns & 2) << 2)
+    out += (part.to(tl.int64) * num_pairs + pairs.to(tl.int64))[None, :] * width
     tl.store(out + columns[:, None], total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "parts"])
-def add(sums, weights, out, width, num_pairs, parts, TOP_K: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def add(  # type: ignore[no-untyped-def]
+    sums, weights, out, width, num_pairs, parts, TOP_K: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr
+):
     """One token's experts together, each by its weight, in the order in which they were picked."""
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = at < width

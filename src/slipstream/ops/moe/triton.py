@@ -10,6 +10,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +19,8 @@ from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import kernels
 
-FEW = 32  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
+FEW = 8  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
+WIDE = 1024  # pairs up to which each one's answer is float32 before they are added: more cost time there
 # Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
 PLACES = ((15, (8, 7, 6)), (9, (2, 1, 0)), (3, (28, 27, 26)), (13, (14, 5, 4)))
 
@@ -30,6 +32,20 @@ class Tiles(NamedTuple):
     blocks: int  # of 32 inputs a step
     warps: int
     stages: int
+
+
+# Measured on an H100 with the sizes of gpt-oss-20b: by how many pairs an expert has on average.
+TABLE = {
+    "few": Tiles(True, 8, 2, 16, 2, 3),
+    "up to 5": Tiles(True, 8, 2, 8, 2, 4),
+    "up to 12": Tiles(True, 16, 4, 4, 2, 4),
+    "up to 40": Tiles(True, 32, 8, 2, 4, 4),
+    "up to 96": Tiles(True, 64, 8, 2, 4, 4),
+    "more": Tiles(True, 128, 8, 2, 4, 3),
+    "few, dense": Tiles(True, 8, 4, 4, 2, 4),
+    "more, dense": Tiles(False, 128, 16, 2, 8, 3),
+    "float32": Tiles(False, 16, 2, 2, 4, 2),
+}
 
 
 def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple[Tensor, ...]:
@@ -49,27 +65,31 @@ def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple
     if weight.scales is None:
         data = weight.data.to(dtype).contiguous()
         if gated:
-            for one in data:  # one expert at a time, so that there is never a second stack
+            for one in data:
                 one.copy_(_slabs(one, gated).reshape(rows, width).clone())
         return (data,)
-    data, scales = weight.data.contiguous(), weight.scales.contiguous()
-    if ((scales > 128) & (scales != 255)).any():
+    if ((weight.scales > 128) & (weight.scales != 255)).any():
         raise KernelError("moe[triton]: an mxfp4 scale is above 2; choose another implementation of moe")
-    for words, factors in zip(data.view(torch.int32).view(number, rows, width // 32, 4), scales, strict=True):
+    blocks = width // 32
+    data, scales = weight.data.view(number, rows, blocks, 16), weight.scales.view(number, rows, blocks)
+    if blocks % 2:  # in twos
+        data, scales = F.pad(data, (0, 0, 0, 1)), F.pad(scales, (0, 1))
+    data, scales = data.contiguous(), scales.contiguous()
+    for codes, factors in zip(data, scales, strict=True):  # one expert at a time: there is never a second stack
         broken = factors == 255
-        new = _places(words).masked_fill_(broken[..., None], 0)  # 0 times infinity: NaN, as 255 means
-        factors.copy_(torch.where(broken, factors, factors + 126).view_as(factors))
-        words.view(-1).copy_(_slabs(new, gated).permute(0, 3, 2, 4, 1).reshape(-1))
-        factors.view(-1).copy_(_slabs(factors, gated).permute(0, 3, 2, 1).reshape(-1))
-    shape = number, rows // 16, width // 32
-    return data.view(torch.int32).view(*shape, 64), scales.view(*shape, 16)
+        words = codes.view(torch.int16).unflatten(-1, (2, 4)).transpose(-1, -2).contiguous().view(torch.int32)[..., 0]
+        words = _places(words).masked_fill_(broken[..., None], 0)  # 0 times infinity: NaN, as 255 means
+        codes.view(torch.int32).view(-1).copy_(_slabs(words, gated).permute(0, 3, 2, 5, 4, 1).reshape(-1))
+        bytes = _slabs(torch.where(broken, factors, factors + 126), gated)  # slab, half, g, two blocks, which
+        factors.view(-1).copy_(bytes.permute(0, 3, 2, 4, 1).reshape(-1))
+    shape = number, rows // 16, -1
+    return data.view(-1).view(torch.int32).view(*shape, 128), scales.view(-1).view(torch.int32).view(*shape, 8)
 
 
 def _slabs(rows: Tensor, gated: bool) -> Tensor:
-    """(rows, ...) -> (slabs, 2, 8, ...); gated: the first half of each slab gate, the second up."""
-    if gated:
-        return rows.view(2, -1, 8, *rows.shape[1:]).transpose(0, 1)
-    return rows.view(-1, 2, 8, *rows.shape[1:])
+    """(rows, blocks, ...) -> (slabs, 2, 8, blocks / 2, 2, ...); gated: the first half of a slab gate, the second up."""
+    found = rows.view(2, -1, 8, *rows.shape[1:]).transpose(0, 1) if gated else rows.view(-1, 2, 8, *rows.shape[1:])
+    return found.unflatten(3, (-1, 2))
 
 
 def _places(words: Tensor) -> Tensor:
@@ -99,19 +119,24 @@ def experts(
     out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
-    pairs = tokens * top_k
-    x, ids, weights = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, ids.contiguous(), weights.contiguous()))
-    inner = down[0].shape[2] * 32 if len(down) == 2 else down[0].shape[2]
+    pairs, ids, weights = tokens * top_k, ids.contiguous(), weights.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    inner = gate_up[0].shape[1] * 8 if len(gate_up) == 2 else gate_up[0].shape[1] // 2
     tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2)
     parts = choose_parts(pairs, hidden // 16, inner // 32, tiles, x.device)
     between = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
-    sums = torch.empty(parts, pairs, hidden, dtype=torch.float32, device=x.device)
+    wide = torch.float32 if pairs <= WIDE else x.dtype
+    sums = torch.empty(parts, pairs, hidden, dtype=wide, device=x.device)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         schedule = _schedule(ids, number, tiles.pairs) if pairs > FEW else (ids.view(-1), None)
+        if _mixed(tiles, down):
+            x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(tokens, hidden)
         _product(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
         _product(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
         size = min(1024, triton.next_power_of_2(hidden))
-        kernels.add[(tokens, triton.cdiv(hidden, size))](sums, weights, out, hidden, pairs, parts, top_k, size)
+        kernels.add[(tokens, triton.cdiv(hidden, size))](
+            sums, weights, out, hidden, pairs, parts, top_k, size, **_chain(x.device)
+        )
     return out
 
 
@@ -125,6 +150,7 @@ def _schedule(ids: Tensor, number: int, size: int) -> tuple[Tensor, Tensor]:
     kernels.schedule[(number,)](
         ids, tiles, order, pairs, most,
         BINS=triton.next_power_of_2(number + 1), BLOCK_M=size, SIZE=min(1024, triton.next_power_of_2(pairs)),
+        **_chain(ids.device),
     )  # fmt: skip
     return tiles, order
 
@@ -140,37 +166,52 @@ def _product(
     kind: str | None,
     limit: float,
 ) -> None:
-    data, scales = stack if len(stack) == 2 else (*stack, None)
-    slabs, blocks = (data.shape[1] // 16, data.shape[2] // 32) if scales is None else data.shape[1:3]
+    data, scales = stack[0], stack[1] if len(stack) == 2 else None
+    slabs, blocks = (data.shape[1] // 16, data.shape[2] // 32) if scales is None else (data.shape[1], data.shape[2] * 2)
     parts, pairs = (out.shape[0], out.shape[1]) if kind is None else (1, out.shape[0])
     steps = triton.cdiv(triton.cdiv(blocks, tiles.blocks), parts)
     kernels.tiles[(triton.cdiv(slabs, tiles.slabs), schedule[0].numel(), parts)](
-        x, data, scales, bias, *schedule, out, x.stride(0), slabs, blocks, pairs, share, steps, limit, KIND=kind,
-        LEFT=tiles.left, BLOCK_M=tiles.pairs, SLABS=tiles.slabs, BLOCKS=tiles.blocks,
+        x, data, scales, bias, *schedule, out, x.stride(0), slabs, blocks, x.shape[1], pairs, share, steps, limit,
+        KIND=kind, LEFT=tiles.left, BLOCK_M=tiles.pairs, SLABS=tiles.slabs, BLOCKS=tiles.blocks,
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        MIXED=_mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
+        PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None else 0,
+        num_warps=tiles.warps, num_stages=tiles.stages, **_chain(x.device),
     )  # fmt: skip
+
+
+def _mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
+    """Whether the inputs stand in the order in which a warpgroup's tensor cores find them, as kernels.py says."""
+    return len(stack) == 2 and tiles.left and tiles.warps >= 4
 
 
 def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool) -> Tiles:
     if dtype != torch.bfloat16:
-        return Tiles(False, 16, 2, 1, 4, 2)
-    if pairs <= FEW:
-        return Tiles(True, 8, 8, 4, 2, 4)
+        return TABLE["float32"]
     each = pairs / number
-    if each <= 12:
-        return Tiles(True, 16, 8, 4, 2, 4)
-    if each <= 48:
-        return Tiles(False, 64, 8, 2, 4, 3)
-    return Tiles(False, 128, 16, 2, 8, 3)
+    if pairs <= FEW or (each <= 5 and not packed):
+        return TABLE["few" if packed else "few, dense"]
+    for most in (5, 12, 40, 96):
+        if each <= most:
+            return TABLE[f"up to {most}"]
+    return TABLE["more" if packed else "more, dense"]
 
 
 def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torch.device) -> int:
     """Where tiles alone leave the device idle, several programs share a tile, each with a part of the sum."""
+    if pairs > FEW:
+        return 1
     programs = triton.cdiv(slabs, tiles.slabs) * pairs
-    return max(1, min(4 * _processors(device) // programs, blocks // tiles.blocks // 2)) if pairs <= FEW else 1
+    return max(1, min(6 * _processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
 
 
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@cache
+def _chain(device: torch.device) -> dict[str, bool]:
+    """Whether a kernel may start before the one before it has ended."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return {"CHAIN": hopper, "launch_pdl": hopper}

@@ -1,0 +1,66 @@
+"""The Triton experts on a CUDA device against float64. Run with: pytest -m gpu tests/gpu/test_moe.py"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slipstream.ops.formats import encode
+from slipstream.ops.moe import triton as module
+from slipstream.ops.moe.triton import Tiles, prepare
+from tests.ops.test_moe_triton import case, error, tiled
+
+pytestmark = pytest.mark.gpu
+BF = torch.bfloat16
+SIZES = {
+    "odd": (160, 96, 5, 2),
+    "gpt-oss": (2880, 2880, 6, 4),
+    "qwen": (2048, 768, 37, 8),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 5, 40, 300, 1100])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("format", ["mxfp4", "dense"])
+def test_bfloat16_against_float64(format: str, size: str, tokens: int) -> None:
+    kind = "silu" if size == "qwen" else "swiglu_clamped"
+    assert error(format, tokens, kind, BF, "cuda", SIZES[size]) < 6e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_float32_against_float64(tokens: int) -> None:
+    assert error("mxfp4", tokens, "swiglu_clamped", torch.float32, "cuda") < 1e-5
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "dense"])
+@pytest.mark.parametrize("name", module.TABLE)
+def test_every_tile_of_the_table(name: str, format: str) -> None:
+    for tokens in (1, 130):
+        for size in ("odd", "gpt-oss"):
+            tiles: Tiles = module.TABLE[name]
+            assert tiled(tiles, format, tokens, "swiglu_clamped", BF, "cuda", SIZES[size]) < 6e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64, 700])
+def test_two_hundred_runs_are_identical(tokens: int) -> None:
+    torch.manual_seed(tokens)
+    stacks = [torch.randn(s, device="cuda") / 20 for s in ((16, 512, 320), (16, 320, 256))]
+    packed = [prepare(encode(w, "mxfp4"), BF, gated=i == 0) for i, w in enumerate(stacks)]
+    x = torch.randn(tokens, 320, device="cuda", dtype=BF)
+    weights, ids = torch.randn(tokens, 16, device="cuda").topk(4)
+
+    def run() -> torch.Tensor:
+        return module.experts(x, ids, weights, packed[0], None, packed[1], None, kind="silu")
+
+    first = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(100):
+        graph.replay()
+        assert torch.equal(run(), first) and torch.equal(captured, first)
+
+
+def test_all_tokens_to_two_experts() -> None:
+    found, wanted = case("mxfp4", 20, "silu", BF, "cuda", ids=torch.tensor([[4, 1]], device="cuda").expand(20, 2))
+    assert (found.double() - wanted).norm() / wanted.norm() < 6e-3
