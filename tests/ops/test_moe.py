@@ -58,10 +58,10 @@ def _oracle(case: dict[str, Any], kind: str, limit: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "bias"), [("silu", False), ("silu", True), ("swiglu_clamped", True)])
-@pytest.mark.parametrize("impl", moe.IMPLS, ids=lambda i: i.name)
+@pytest.mark.parametrize("impl", moe.IMPLS[1:], ids=lambda i: i.name)  # triton: test_moe_triton
 def test_experts(impl: Any, kind: str, bias: bool, dtype: torch.dtype) -> None:
     case = _case(bias, dtype)
-    got = impl.load()(**_called(case), activation=activation, kind=kind, limit=1.1)
+    got = impl.load().experts(**_called(case), activation=activation, kind=kind, limit=1.1)
     assert got.dtype == dtype
     tolerance = 2e-6 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(got.double(), _oracle(case, kind, 1.1), rtol=tolerance, atol=tolerance)

@@ -241,6 +241,9 @@ class EngineOptions:
     scheduling_policy: Annotated[
         str | None, _engine("fcfs: first come, first served; priority: the lowest --priority first. Default: fcfs.")
     ] = None
+    enforce_eager: Annotated[
+        bool | None, _engine("Run every step kernel by kernel, without CUDA graphs.", "--enforce-eager")
+    ] = None
     batch_invariant: Annotated[
         bool | None,
         _engine("Logits with the same bits alone and in any batch; slower. Default: no.", "--batch-invariant"),

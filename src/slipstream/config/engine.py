@@ -34,6 +34,7 @@ class EngineConfig:
         scheduling_policy: fcfs serves requests in the order in which they come; priority goes by SamplingParams.priority.
         batch_invariant: a request's logits have the same bits alone and in any batch, in chunks or not, with or without what
             the cache holds; slower, and an error where an op has no implementation that keeps it.
+        enforce_eager: run every step kernel by kernel, without CUDA graphs.
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
         num_threads: CPU threads; None leaves torch's own choice.
@@ -53,6 +54,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     batch_invariant: bool = False
+    enforce_eager: bool = False
     attn_implementation: str | None = None
     linear_implementation: str | None = None
     num_threads: int | None = None
@@ -84,7 +86,7 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
-        for name in ("enable_prefix_caching", "batch_invariant"):
+        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, got {getattr(self, name)!r}")
         share = self.gpu_memory_utilization

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slipstream.batch import build_batch
 from slipstream.cache.storage import Storage
+from slipstream.engine.graphs import Decoder
 from slipstream.layers.transformer import Transformer
 from slipstream.ops.sampling import Row
 from slipstream.ops.sampling.reference import token_logprobs
@@ -32,14 +33,19 @@ class Runner:
         self.plan, self.model = plan, model
         self.storage = Storage(plan.groups, plan.num_pages, plan.page_size, plan.dtype, plan.device)
         self.rows: dict[int, Row] = {}
+        self.decoder: Decoder | None = Decoder(plan, model, self.storage) if plan.cuda_graphs else None
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
         for sequence in step.finished:
             self.rows.pop(sequence, None)
+            if self.decoder is not None:
+                self.decoder.forget(sequence)
         for s in step.started:
             self.rows[s.sequence] = Row(s.params, s.prompt_token_ids, [], s.seed, s.stop_token_ids)
         whole = frozenset(c.sequence for c in step.chunks if self._wants_prompt(c))
+        if self.decoder is not None and not whole and all(c.sample and len(c.token_ids) == 1 for c in step.chunks):
+            return self._sample(step, self.decoder.run(step.chunks), whole)
         batch = build_batch(step.chunks, self.plan.groups, self.plan.page_size, self.plan.device, whole)
         return self._sample(step, self.model(batch, self.storage), whole)
 

@@ -54,24 +54,39 @@ class Linear(nn.Module):
 
 
 class Experts(nn.Module):
-    """A stack of linear layers of one shape, called by number.
+    """A stack of linear layers of one shape, called by number, or held as the experts' kernel wants the whole of it.
 
     Args:
         num_experts, in_features, out_features: (tokens, in_features) -> (tokens, out_features) for each of them.
+        gated: gate above up.
         bias: whether each has one.
     """
 
-    def __init__(self, ops: Ops, num_experts: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        gated: bool = False,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
-        self.ops = ops
+        self.ops, self.gated = ops, gated
         self.weight: nn.Parameter | None = _meta(num_experts, out_features, in_features, dtype=ops.dtype)
         self.bias = _meta(num_experts, out_features, dtype=ops.dtype) if bias else None
         self.kernel: LinearKernel | None = None
         self.packed: list[tuple[Tensor, ...]] = []
+        self.stack: tuple[Tensor, ...] = ()
 
     def accept(self, weight: Weight, *, shared: bool = False) -> None:
         """Take a stack (experts, out, in) in."""
         num_experts, out, width = weight.shape
+        prepare = self.ops.experts.kernel.prepare
+        if prepare is not None:
+            self.weight, self.stack = None, prepare(weight, self.ops.dtype, gated=self.gated)
+            return
         kernel = self.kernel = self.ops.linear(weight.format, out, width, False)
         self.weight = None
         for e in range(num_experts):

@@ -48,11 +48,13 @@ class MoE(nn.Module):
         self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
         n, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.router = Linear(ops, hidden, n, bias=bias)
-        self.gate_up = Experts(ops, n, hidden, 2 * inner, bias=bias)
+        self.gate_up = Experts(ops, n, hidden, 2 * inner, gated=True, bias=bias)
         self.down = Experts(ops, n, inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
         ids, weights = self.pick(
             x, self.router, self.top_k, softmax_first=self.softmax_first, renormalize=self.renormalize
         )
-        return self.experts(x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit)
+        return self.experts.kernel.experts(
+            x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
+        )

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 
 from slipstream.ops.linear import LinearKernel
+from slipstream.ops.moe import ExpertsKernel
+
+
+class ExpertsChoice:
+    """The kernel of the experts. It is chosen by the formats of their weights, which are known after the model is built."""
+
+    kernel: ExpertsKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +32,7 @@ class Ops:
     attention: Callable[..., torch.Tensor]
     activation: Callable[..., torch.Tensor]
     router: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    experts: Callable[..., torch.Tensor]
+    experts: ExpertsChoice
     linear: Callable[[str, int, int, bool], LinearKernel]
     dtype: torch.dtype
     sample: Any = None

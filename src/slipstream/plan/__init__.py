@@ -21,13 +21,17 @@ from slipstream.checkpoint.support import check_layers, refuse_quantized
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import KernelError
 from slipstream.hardware import Hardware, find_hardware
-from slipstream.layers.ops import Ops
+from slipstream.layers.mlp import MoE
+from slipstream.layers.ops import ExpertsChoice, Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
+
+# Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
+WAITING = {("moe", "loop"), ("moe", "reference"), ("attention", "sdpa"), ("attention", "reference")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Plan:
     weights_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    cuda_graphs: bool
     why: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +130,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     model = home.build(ops_table, config)
     loads = plan_loads(asked, checkpoint, config, model, home, ops_table, hardware.device.split(":")[0], why)
     choices += _linear_choices(asked, loads, hardware, dtype)
+    choices += _experts_choice(asked, model, ops_table, loads, hardware, dtype)
 
     groups = home.cache_spec(config)
     held = tuple(held_bytes(item, ops_table) for item in loads)
@@ -166,8 +172,23 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         weights_bytes=weights,
         kv_bytes=kv,
         workspace_bytes=workspace,
+        cuda_graphs=_cuda_graphs(asked, hardware, choices, why),
         why=why,
     )
+
+
+def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], why: dict[str, str]) -> bool:
+    """Whether decoding steps are recorded and replayed."""
+    if not hardware.device.startswith("cuda"):
+        return False
+    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op, c.name) in WAITING]
+    if asked.enforce_eager:
+        why["cuda_graphs"] = "no: enforce_eager was asked for"
+    elif waits:
+        why["cuda_graphs"] = f"no: {', '.join(waits)} needs the host in the middle of a step"
+    else:
+        why["cuda_graphs"] = "decoding steps are recorded once for each size, and replayed"
+    return not asked.enforce_eager and not waits
 
 
 def _dtype(
@@ -204,7 +225,6 @@ def _choose(
         "activation": choose("activation", activation.IMPLS, case),
         "sampling": choose("sampling", sampling.IMPLS, case),
         "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
-        "moe": choose("moe", moe.IMPLS, case),
     }
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
         choose("linear", linear.IMPLS, case, asked.linear_implementation)  # says which there are
@@ -218,12 +238,12 @@ def _choose(
 
     table = Ops(
         add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
-        activation=chosen["activation"].fn, router=chosen["router"].fn, experts=chosen["moe"].fn, linear=kernel, dtype=dtype,
+        activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
         sample=chosen["sampling"].fn,
         row_by_row=asked.batch_invariant and case.device == "cpu",
     )  # fmt: skip
     if not config.num_experts:
-        del chosen["router"], chosen["moe"]
+        del chosen["router"]
     return list(chosen.values()), table
 
 
@@ -235,6 +255,22 @@ def _linear(
     if any(i.name == force and i.reject(case) is not None for i in linear.IMPLS):
         force = None  # not for this weight; that it is for none of them is an error, once all are known
     return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
+
+
+def _experts_choice(
+    asked: EngineConfig, model: Transformer, table: Ops, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
+) -> list[Choice]:
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    if not layers:
+        return []
+    stacks = [part for item in loads if item.to.endswith(".weight") and len(item.shape) == 3 for part in item.parts()]
+    case = _case(
+        asked, hardware, dtype, kinds={m.kind for m in layers}, formats={format for format, _, _ in stacks},
+        sizes={shape[1:] for _, _, shape in stacks},
+    )  # fmt: skip
+    choice = choose("moe", moe.IMPLS, case)
+    table.experts.kernel = choice.fn
+    return [choice]
 
 
 def _linear_choices(

@@ -1,38 +1,74 @@
 """Mixture of experts after the router: experts(x, ids, weights, gate_up, down, activation, *, kind, limit) -> like x.
 
-x (tokens, hidden); ids, weights (tokens, top_k). gate_up(x, e) -> (tokens, 2 * intermediate), gate first, and
-down(x, e) -> (tokens, hidden) are the linear layers of expert e, with their biases, in whatever format they are held;
-activation(gate_up, kind, limit) is the op that was chosen.
+x (tokens, hidden); ids, weights (tokens, top_k). `gate_up` and `down` are stacks of layers: gate_up(x, e) ->
+(tokens, 2 * intermediate), gate first, and down(x, e) -> (tokens, hidden) are those of expert e, with their biases, in
+whatever format they are held; activation(gate_up, kind, limit) is the op that was chosen.
+
+An implementation whose kernel takes whole stacks has `prepare(weight, dtype, gated=) -> tensors`, which lays a stack
+(experts, out, in) out once, and finds them as `gate_up.stack`; where `prepare` is None each expert is a linear layer by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slipstream.ops.choose import Case, Impl
+from slipstream.ops.choose import Case, Impl, needs_triton
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Expert = Callable[["Tensor", int], "Tensor"]
+Prepare = Callable[..., "tuple[Tensor, ...]"]
 Activation = Callable[["Tensor", str, float], "Tensor"]
 
 
-def _reference() -> Any:
+@dataclass(frozen=True, slots=True)
+class ExpertsKernel:
+    """What an implementation consists of."""
+
+    experts: Callable[..., Tensor]
+    prepare: Prepare | None = None
+
+
+def _reference() -> ExpertsKernel:
     from slipstream.ops.moe.reference import experts
 
-    return experts
+    return ExpertsKernel(experts)
 
 
-def _loop() -> Any:
+def _loop() -> ExpertsKernel:
     from slipstream.ops.moe.loop import experts
 
-    return experts
+    return ExpertsKernel(experts)
+
+
+def _triton() -> ExpertsKernel:
+    from slipstream.ops.moe.triton import prepare, stacks
+
+    return ExpertsKernel(stacks, prepare)
+
+
+def _reject_triton(case: Case) -> str | None:
+    if (why := needs_triton(case)) is not None:
+        return why
+    if case.batch_invariant:
+        return "its tiles depend on the number of tokens"
+    if case.dtype not in ("bfloat16", "float32"):
+        return f"takes bfloat16 and float32 activations, not {case.dtype}"
+    formats, sizes, kinds = (case.get(name, ()) for name in ("formats", "sizes", "kinds"))
+    if other := [f for f in formats if f not in ("dense", "mxfp4")]:
+        return f"takes mxfp4 and floats, not {other[0]}"
+    if other := [k for k in kinds if k not in ("silu", "swiglu_clamped")]:
+        return f"computes silu and swiglu_clamped, not {other[0]}"
+    if any(rows % 16 or width % 32 for rows, width in sizes):
+        return "needs out_features in multiples of 16 and in_features in multiples of 32"
+    return None
 
 
 def _always(case: Case) -> str | None:
     return None
 
 
-IMPLS = (Impl("loop", _loop, _always), Impl("reference", _reference, _always))
+IMPLS = (Impl("triton", _triton, _reject_triton), Impl("loop", _loop, _always), Impl("reference", _reference, _always))

@@ -7,7 +7,7 @@ it. A token's experts are added in the order in which they were picked, in float
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,21 @@ def _places(words: Tensor) -> Tensor:
         for bit, to in zip((3, 2, 1, 0), (sign, *rest), strict=True):
             new |= (words >> (4 * i + bit) & 1) << (to + i % 2 * 16) % 32
     return new
+
+
+def stacks(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Any,
+    down: Any,
+    activation: object,
+    *,
+    kind: str,
+    limit: float = 7.0,
+) -> Tensor:
+    """`experts` of two layers that hold what `prepare` gave them; the activation is part of the first product."""
+    return experts(x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit)
 
 
 def experts(

@@ -1,0 +1,48 @@
+"""Decoding with fixed inputs: the answers are those of steps that are built anew, whatever the sizes. The recording itself
+is a GPU's matter (tests/gpu); here it runs the model each time, on the inputs that a graph would read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slipstream import LLM, SamplingParams
+from slipstream.engine.graphs import Decoder, Run, ladder
+
+PROMPTS = ["t", "the tide", "he said that the sea is a rose " * 3, "QQ", "a rose is a", "no"]
+
+
+def test_the_ladder_reaches_every_size() -> None:
+    for most in (1, 2, 3, 7, 8, 9, 64, 100, 256):
+        sizes = ladder(most)
+        assert sizes[-1] == most and list(sizes) == sorted(set(sizes))
+        for n in range(1, most + 1):
+            size = next(s for s in sizes if s >= n)
+            assert size - n <= max(3, size // 4), (n, size)
+    assert len(ladder(256)) < 24
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"page_size": 3, "kv_cache_memory_bytes": 75_000}], ids=["room", "little room"]
+)
+@pytest.mark.parametrize("name", ["hybrid", "llama"])
+def test_answers_are_those_of_steps_built_anew(
+    request: pytest.FixtureRequest, name: str, options: dict[str, int]
+) -> None:
+    folder: Path = request.getfixturevalue(name)
+    params = [SamplingParams(temperature=0, max_new_tokens=3 + 9 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    load = {"kv_cache_memory_bytes": 1 << 21, "max_model_len": 140, "max_num_seqs": 5, **options}
+    plain, llm = LLM(folder, **load), LLM(folder, **load)
+    shapes = []
+
+    def record(run: Run) -> Run:
+        shapes.append(1)
+        return run
+
+    llm.engine.runner.decoder = Decoder(llm.plan, llm.plan.model, llm.engine.runner.storage, record)
+    want, got = ([o.outputs[0] for o in m.generate_batch(PROMPTS, params)] for m in (plain, llm))
+    assert [c.token_ids for c in got] == [c.token_ids for c in want]
+    assert len(shapes) >= 3
+    assert len(llm.engine.runner.decoder._tables) <= 2 * 2, "tables of those that ended are not kept"
+    assert bool(llm.snapshot().preemptions) == bool(options)
