@@ -13,7 +13,8 @@ from slipstream.cache.spec import CacheGroup
 class Storage:
     """Keys and values, (layers of the group, num_pages + 1, page_size, kv_heads, head_dim) each.
 
-    The last page belongs to nobody: rows that only fill a step up write there. The memory is reserved here in one piece and never grows; on a CPU the system hands it out as pages are written.
+    The last page belongs to nobody: rows that only fill a step up write there. The memory is reserved here in one piece and
+    never grows; on a CPU the system hands it out as pages are written.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,8 @@ class Inputs:
         return [*wide, (np.int32, (1 + groups, rows)), *((np.int32, (rows, w)) for w in shape.widths)]  # starts, firsts
 
     def _cut(self, buffer: np.ndarray, shape: Shape, *, measure: bool = False) -> list[np.ndarray]:
-        found, at = [], 0
+        found: list[np.ndarray] = []
+        at = 0
         for kind, size in self._parts(shape):
             count = int(np.prod(size)) * np.dtype(kind).itemsize
             found.append(np.zeros(size, kind) if measure else buffer[at : at + count].view(kind).reshape(size))
@@ -70,7 +72,8 @@ class Inputs:
         return self._cut(self.host.numpy(), shape)
 
     def on_device(self, shape: Shape) -> list[Tensor]:
-        found, at = [], 0
+        found: list[Tensor] = []
+        at = 0
         for kind, size in self._parts(shape):
             dtype = torch.int64 if kind is np.int64 else torch.int32
             count = int(np.prod(size)) * dtype.itemsize
@@ -171,7 +174,7 @@ class CudaGraphs:
     """Records on the current device. All graphs share their memory, as one runs at a time."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, run: Run) -> Run:
         side = torch.cuda.Stream()
