@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from slipstream.ops.formats import encode  # noqa: E402
-from slipstream.ops.moe import triton as module  # noqa: E402
-from slipstream.ops.moe.triton import Tiles, prepare  # noqa: E402
-from tests.ops.test_moe_triton import case, error, tiled  # noqa: E402
+from slipstream.ops.formats import encode
+from slipstream.ops.moe import triton as module
+from slipstream.ops.moe.triton import Tiles, prepare
+from tests.ops.test_moe_triton import case, error, tiled
 
 pytestmark = pytest.mark.gpu
 BF = torch.bfloat16
