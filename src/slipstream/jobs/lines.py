@@ -239,8 +239,8 @@ def _plain_task(value: dict[str, Any]) -> Task:
 def _openai_task(body: dict[str, Any], kind: Kind, model: str | None) -> Task:
     named = body.pop("model", model)
     if model is not None and named != model:
-        message = f"must be {model!r}, which an earlier line names, got {named!r}; one job runs one model: --model lets one answer all"
-        raise wrong("model", message)
+        hint = "one job runs one model, and --model lets one answer all"
+        raise wrong("model", f"must be {model!r}, which an earlier line names, got {named!r}; {hint}")
     what = "messages" if kind == "chat" else "prompt"
     if what not in body:
         raise wrong(what, "is missing")
