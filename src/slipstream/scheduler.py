@@ -243,20 +243,18 @@ class Scheduler:
             if chunk.start < seq.prompt_length:
                 self.counters.prompt_tokens += min(chunk.end, seq.prompt_length) - chunk.start
             seq.computed = chunk.end
-            if chunk.sample and tokens[chunk.sequence] is None:
-                self.finish(seq, "error")
-                out.append((seq, None))
-                continue
             if not chunk.sample:
                 continue
             token = tokens[chunk.sequence]
-            assert token is not None
-            seq.tokens.append(token)
-            self.counters.new_tokens += 1
-            if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
-                self.finish(seq, "stop", token)
-            elif len(seq.tokens) >= seq.max_length:
-                self.finish(seq, "length")
+            if token is None:
+                self.finish(seq, "error")
+            else:
+                seq.tokens.append(token)
+                self.counters.new_tokens += 1
+                if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
+                    self.finish(seq, "stop", token)
+                elif len(seq.tokens) >= seq.max_length:
+                    self.finish(seq, "length")
             out.append((seq, token))
         return out
 
