@@ -215,9 +215,9 @@ def test_what_is_wrong_with_the_whole_is_said_at_once(llm: LLM, prompts: Any, pa
 
 
 def test_rows_of_other_lengths_are_found_out(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="only 2"):
+    with pytest.raises(RequestError, match="there are 2"):
         list(llm.generate_batch(iter(prompts_of(3)), iter([GREEDY] * 2)))
-    with pytest.raises(RequestError, match="more than prompts"):
+    with pytest.raises(RequestError, match="more of them than prompts"):
         list(llm.generate_batch(iter(prompts_of(3)), iter([GREEDY] * 4)))
 
 

@@ -63,6 +63,9 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": (not_whole(0, 100)).filter(lambda v: v is not None),
     "prompt_logprobs": (not_whole(0, 100)).filter(lambda v: v is not None),
     "skip_special_tokens": not_bool,
+    "deadline": outside(0, 1e9, open_low=True).filter(lambda v: v is not None),
+    "priority": not_whole(-(2**31), 2**31),
+    "cache_salt": not_a_number.filter(lambda v: not isinstance(v, str)) | st.binary() | st.lists(st.text()),
 }
 
 

@@ -128,10 +128,9 @@ class Batch:
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor]:
         """`query_starts` (sequences + 1,) and `starts` (sequences,) on the device, int32."""
-        found = (
-            torch.tensor(v, dtype=torch.int32, device=self.token_ids.device) for v in (self.query_starts, self.starts)
-        )
-        return next(found), next(found)
+        device = self.token_ids.device
+        starts = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        return torch.tensor(self.query_starts, dtype=torch.int32, device=device), starts
 
     @cached_property
     def decode_only(self) -> bool:

@@ -41,11 +41,13 @@ def pairs(prompts: Iterable[Any], params: SamplingParams | Iterable[SamplingPara
         own: Any = next(rest, end)
         if own is end:
             raise RequestError(
-                f"params: there are only {i}, and more prompts; give one for each or one", field="params"
+                f"params: there are {i}, but more prompts than that; give one for each, or one for all", field="params"
             )
         yield prompt, own
     if next(rest, end) is not end:
-        raise RequestError("params: there are more than prompts; give one for each or one", field="params")
+        raise RequestError(
+            "params: there are more of them than prompts; give one for each, or one for all", field="params"
+        )
 
 
 class BatchRun:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from slipstream.errors import SlipstreamError
+from slipstream.errors import RequestError, SlipstreamError
 from slipstream.request import Request, RequestOutput
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Pump(Generic[T]):
             while more or self.live:
                 ended: list[Ride[T]] = []
                 more = self._feed(items, room, ended)
-                if self.live and not ended and not self._mail:
+                if self.live and not self._mail:
                     self._step()
                 self._collect(ended)
                 yield ended
@@ -89,8 +89,8 @@ class Pump(Generic[T]):
             self._mail.clear()
 
     def _feed(self, items: Iterator[T], room: Callable[[], bool], ended: list[Ride[T]]) -> bool:
-        """Queue what there is room for. False: there are no more items."""
-        while sum(ride.unfinished for ride in self.live.values()) < self._most and room():
+        """Queue what there is room for; a flood of bad items is refused a few at a time. False: there are no more items."""
+        while len(ended) < self._most and sum(r.unfinished for r in self.live.values()) < self._most and room():
             item = next(items, None)
             if item is None:
                 return False
@@ -112,6 +112,8 @@ class Pump(Generic[T]):
     def _step(self) -> None:
         try:
             ran = self._engine.step()
+        except RequestError:  # there was no pass: a callback inside a step may not run another
+            raise
         except Exception:  # the engine has ended those that were in the pass, and their results say why
             self._failures += 1
             if self._failures == self._patience:

@@ -72,12 +72,7 @@ class Scheduler:
             RequestError: they cannot fit max_model_len, or it has a priority and priorities are off.
             CapacityError: the whole cache is too small for this one request.
         """
-        if params.priority and self.policy == "fcfs":
-            raise RequestError(
-                f"priority: {params.priority} has no effect while requests are served in the order in which they come; load the "
-                'model with scheduling_policy="priority"',
-                field="priority",
-            )
+        self.check_priority(params)
         limit = self.max_model_len
         if prompt_length >= limit:
             raise RequestError(
@@ -102,6 +97,15 @@ class Scheduler:
                     "or raise kv_cache_memory_bytes"
                 )
         return length
+
+    def check_priority(self, params: SamplingParams) -> None:
+        """Raises RequestError if there is one, and priorities are off."""
+        if params.priority and self.policy == "fcfs":
+            raise RequestError(
+                f"priority: {params.priority} has no effect while requests are served in the order in which they come; load the "
+                'model with scheduling_policy="priority" (--scheduling-policy priority)',
+                field="priority",
+            )
 
     def add(self, prompt: tuple[int, ...], params: SamplingParams, *, seed: int, eos: tuple[int, ...]) -> Sequence:
         """Queue one answer. Raises as `max_length` does, before anything is kept."""
@@ -239,20 +243,18 @@ class Scheduler:
             if chunk.start < seq.prompt_length:
                 self.counters.prompt_tokens += min(chunk.end, seq.prompt_length) - chunk.start
             seq.computed = chunk.end
-            if chunk.sample and tokens[chunk.sequence] is None:
-                self.finish(seq, "error")
-                out.append((seq, None))
-                continue
             if not chunk.sample:
                 continue
             token = tokens[chunk.sequence]
-            assert token is not None
-            seq.tokens.append(token)
-            self.counters.new_tokens += 1
-            if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
-                self.finish(seq, "stop", token)
-            elif len(seq.tokens) >= seq.max_length:
-                self.finish(seq, "length")
+            if token is None:
+                self.finish(seq, "error")
+            else:
+                seq.tokens.append(token)
+                self.counters.new_tokens += 1
+                if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
+                    self.finish(seq, "stop", token)
+                elif len(seq.tokens) >= seq.max_length:
+                    self.finish(seq, "length")
             out.append((seq, token))
         return out
 

@@ -58,10 +58,27 @@ def test_the_model_that_the_lines_name(slipstream: Run, model: str, tmp_path: Pa
     assert "one job runs one model" in read(tmp_path / "out")[2]["error"]["message"]
 
 
+def test_one_model_answers_whatever_models_lines_name(slipstream: Run, model: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", openai(0, "gpt-4"), openai(1, "gpt-3.5"), {"prompt": "The tide"})
+    report = slipstream(
+        "batch", source, tmp_path / "out", "--model", model, "--max-new-tokens", 4, "--json", *GREEDY
+    ).json
+    assert (report["answered"], report["errors"]) == (3, 0)
+
+
+def test_a_priority_that_no_line_could_have_is_refused_before(slipstream: Run, model: str, tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in", {"prompt": "The tide"}), tmp_path / "out"
+    ran = slipstream("batch", source, out, "--model", model, "--priority", 1)
+    assert ran.code == 2 and "--scheduling-policy priority" in ran.err and not out.exists()
+    assert (
+        slipstream("batch", source, out, "--model", model, "--priority", 1, "--scheduling-policy", "priority").code == 0
+    )
+
+
 def test_a_model_in_place_of_the_one_that_the_lines_name(slipstream: Run, model: str, tmp_path: Path) -> None:
     source = write(tmp_path / "in", openai(0, "gpt"), openai(1, "gpt"))
     assert slipstream("batch", source, tmp_path / "out", "--model", model, "--json").json["answered"] == 2
-    assert read(tmp_path / "out")[0]["response"]["body"]["model"] == "gpt"
+    assert read(tmp_path / "out")[0]["response"]["body"]["model"] == model  # the one that ran
 
 
 @pytest.mark.parametrize(

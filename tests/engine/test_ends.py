@@ -111,6 +111,49 @@ def test_a_callback_cannot_run_the_engine(llm: LLM) -> None:
     assert llm.generate("the tide", GREEDY).text == want.text
 
 
+def test_nor_can_it_run_a_batch(llm: LLM) -> None:
+    """Which takes passes that raise for bad luck, and would try for ever."""
+    bad = llm.engine.submit(
+        llm.make_request("the tide", GREEDY), lambda stream, delta: [*llm.generate_batch(["sea"], GREEDY)]
+    )
+    while llm.engine.step():
+        pass
+    (c,) = bad.output.outputs
+    assert c.finish_reason == "error" and c.error is not None and "cannot run the engine" in c.error
+
+
+def test_every_answer_is_counted_once_when_a_delivery_is_interrupted(llm: LLM) -> None:
+    """The pass has ended both answers, of which none is out yet."""
+
+    def interrupt(stream: Stream, delta: Delta) -> None:
+        if delta.finish_reason == "length":
+            raise KeyboardInterrupt
+
+    short = GREEDY.replace(max_new_tokens=3)
+    first = llm.engine.submit(llm.make_request("the tide", short), interrupt)
+    second = llm.submit("the sea", short)
+    with pytest.raises(KeyboardInterrupt):
+        while llm.engine.step():
+            pass
+    reasons = [s.output.outputs[0].finish_reason for s in (first, second)]
+    assert reasons == ["length", "abort"]
+    assert {k: v for k, v in llm.snapshot().finished.items() if v} == {"length": 1, "abort": 1}
+
+
+def test_who_is_cancelled_when_a_pass_fails_has_no_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(step):  # type: ignore[no-untyped-def]
+        raise RuntimeError("a cosmic ray")
+
+    first = llm.engine.submit(llm.make_request("the tide", GREEDY), lambda stream, delta: second.cancel())
+    second = llm.submit("the sea", GREEDY)
+    monkeypatch.setattr(llm.engine.runner, "run", fail)
+    with pytest.raises(RuntimeError, match="a cosmic ray"):
+        llm.engine.step()
+    (a,), (b,) = first.output.outputs, second.output.outputs
+    assert (a.finish_reason, a.error) == ("error", "RuntimeError: a cosmic ray")
+    assert (b.finish_reason, b.error) == ("abort", None)
+
+
 @pytest.mark.parametrize("broken", [KeyboardInterrupt, RuntimeError])
 def test_pages_of_a_broken_pass_are_not_found(llm: LLM, monkeypatch: pytest.MonkeyPatch, broken: type) -> None:
     """They were offered when the pass was planned, and hold whatever stood there before."""

@@ -23,7 +23,7 @@ from slipstream import LLM
 from tests.engine import mixed, tiny
 
 HOUR = float(os.environ.get("HOUR_SECONDS", 3600))
-WARM_UP = 1 / 6  # of the time: pools, caches and heaps reach their sizes
+WARM_UP = 1 / 2  # of the time: caches and heaps reach their sizes, which grow by whole arenas of 1 MiB
 LIMIT = 1.0  # MB an hour
 SHARE = 0.5  # of one core
 

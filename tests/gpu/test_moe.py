@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from slipstream.ops.formats import encode
 from slipstream.ops.moe import triton as module
 from slipstream.ops.moe.triton import Tiles, prepare

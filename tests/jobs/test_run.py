@@ -252,6 +252,16 @@ def test_few_are_in_the_engine_at_a_time(job: Job) -> None:
     assert most == 3
 
 
+def test_a_flood_of_bad_lines_is_answered_as_it_comes(job: Job) -> None:
+    """It holds up nobody who runs, and what a run that is killed has refused is kept."""
+    steps: list[int] = []
+    good = {"id": "good", "prompt": "The tide", "max_new_tokens": 20, **GREEDY}
+    found = job.run(good, *["{"] * 300, progress=lambda *_: steps.append(job.llm.snapshot().new_tokens))
+    assert [line["error"] is None for line in found] == [True] + [False] * 300
+    assert len(set(steps[:20])) == 20, "a step between the refusals"
+    assert len(steps) >= 100
+
+
 def test_an_interrupted_job_goes_on_and_answers_each_line_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     job.write(*many())
     whole = job.run()

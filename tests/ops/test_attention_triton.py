@@ -3,12 +3,8 @@ is wrong there), and compiled for Hopper. tests/gpu/test_attention.py runs the s
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +20,12 @@ from slipstream.ops import attention as ops
 from slipstream.ops.attention.reference import attention as reference
 from slipstream.ops.choose import Case
 from slipstream.request import Chunk, PageTable
+from tests.ops import interpreter
 
 pytest.importorskip("triton")
 
 import slipstream.ops.attention.triton as module
 
-ROOT = Path(__file__).parents[2]
 F32 = torch.float32
 
 
@@ -140,11 +136,7 @@ def interpreted() -> dict[str, Callable[[], float]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-    run = subprocess.run([sys.executable, __file__], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return interpreter.run(__file__)
 
 
 @pytest.mark.parametrize("case", interpreted())
@@ -203,26 +195,7 @@ def test_it_compiles_for_hopper(decode: bool, invariant: bool, monkeypatch: pyte
     assert made.metadata.shared <= 112 << 10  # two programs a multiprocessor
 
 
-def main() -> None:
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:  # triton 3.6 calls int() on an array of one, which numpy 2.4 refuses
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
+if __name__ == "__main__":
     module.SPLIT = 8  # so that short sequences have many splits, more than are brought together at a time
     module.tiles = lambda share, *_: {"BLOCK_M": 32 if share > 16 else 16, "BLOCK_N": 16}
-    found: dict[str, Any] = {}
-    for name, case in interpreted().items():
-        try:
-            found[name] = case()
-        except Exception as e:
-            found[name] = repr(e)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    interpreter.main(interpreted())

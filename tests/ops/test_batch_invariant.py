@@ -79,7 +79,7 @@ def test_linear_of_any_width(format: str, dtype: torch.dtype, width: int) -> Non
 @pytest.mark.parametrize("level", _levels())
 def test_linear_on_an_older_processor(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ctypes.CDLL(str(compiled("dense", level, tmp_path, strict=True)))
-    monkeypatch.setattr(native, "build", lambda name, strict: made)
+    monkeypatch.setattr("slipstream.ops.native.build", lambda name, strict: made)
     for format, dtype in (("dense", F32), ("dense", BF16), ("dense", F16), ("int8", F32), ("int4-32", BF16)):
         product(native.Native(), format, dtype, 67, 768, (2, 3, 7))
 
@@ -87,7 +87,7 @@ def test_linear_on_an_older_processor(level: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 def test_blocks_on_an_older_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ctypes.CDLL(str(compiled("blocks", _levels()[0], tmp_path, strict=True)))
-    monkeypatch.setattr(blocks, "build", lambda name, strict: made)
+    monkeypatch.setattr("slipstream.ops.native.build", lambda name, strict: made)
     for format, dtype in (("mxfp4", F32), ("Q4_1", BF16), ("Q4_K", BF16)):
         product(blocks.Blocks(invariant=True), format, dtype, 67, 768, (2, 3, 7))
 

@@ -183,13 +183,13 @@ def compiled(name: str, level: str, folder: Path, strict: bool = False) -> Path:
 def test_c_on_an_older_processor(
     older: ctypes.CDLL, format: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "build", lambda name, strict: older)
+    monkeypatch.setattr("slipstream.ops.native.build", lambda name, strict: older)
     for tokens in (1, 6, 17):
         _check(blocks.Blocks(), _weight(format, 67, 768 if format in SUPER else 96), dtype, tokens, True)
 
 
 def test_halves_of_an_older_processor_are_those_of_numpy(older: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "build", lambda name, strict: older)
+    monkeypatch.setattr("slipstream.ops.native.build", lambda name, strict: older)
     data = torch.zeros(1 << 16, 34, dtype=torch.uint8)
     every = np.arange(1 << 16, dtype=np.uint16)
     data[:, :2], data[:, 2] = torch.from_numpy(every.view(np.uint8).reshape(-1, 2).copy()), 1

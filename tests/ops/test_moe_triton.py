@@ -3,11 +3,8 @@ kernels are imported; bfloat16 is wrong there, so float32 only), and compiled fo
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,8 +26,8 @@ pytest.importorskip("triton")
 from slipstream.ops.moe import kernels
 from slipstream.ops.moe import triton as module
 from slipstream.ops.moe.triton import PLACES, TABLE, Tiles, experts, prepare
+from tests.ops import interpreter
 
-ROOT = Path(__file__).parents[2]
 HIDDEN, INNER, EXPERTS, TOP_K = 160, 96, 5, 2
 F32 = torch.float32
 
@@ -138,11 +135,7 @@ def bad_block() -> float:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-    run = subprocess.run([sys.executable, __file__], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return interpreter.run(__file__)
 
 
 @pytest.mark.parametrize("name", interpreted())
@@ -271,24 +264,5 @@ def instructions(cubin: bytes, file: Path) -> int:
     return min(loops)
 
 
-def main() -> None:
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:  # triton 3.6 calls int() on an array of one, which numpy 2.4 refuses
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-    found: dict[str, Any] = {}
-    for name, one in interpreted().items():
-        try:
-            found[name] = one()
-        except Exception as e:
-            found[name] = repr(e)
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main()
+    interpreter.main(interpreted())

@@ -37,8 +37,8 @@ from slipstream.ops.sampling.reference import pick as pick_reference
 from slipstream.ops.sampling.reference import stream
 from slipstream.ops.sampling.triton import _finish, _race
 from slipstream.ops.sampling.triton import pick as triton_pick
-from tests.ops import test_attention_input
-from tests.ops.test_triton import inside_nan, interpret, main
+from tests.ops import interpreter, test_attention_input
+from tests.ops.test_triton import inside_nan
 
 F32 = torch.float32
 KINDS = ("silu", "gelu", "gelu_tanh", "swiglu_clamped")
@@ -230,7 +230,7 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return interpret(__file__)
+    return interpreter.run(__file__)
 
 
 @pytest.mark.parametrize("case", interpreted())
@@ -316,4 +316,4 @@ def test_it_compiles_for_hopper_without_spills(name: str, monkeypatch: pytest.Mo
 
 
 if __name__ == "__main__":
-    main(interpreted())
+    interpreter.main(interpreted())

@@ -3,11 +3,7 @@ the kernels are imported; bfloat16 is wrong there, so float32 and float16 only),
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,8 +21,8 @@ pytest.importorskip("triton")
 
 from slipstream.ops.linear.triton import ROWS, STAGES, Triton, _tiles, _vector, tiles
 from slipstream.ops.linear.triton_dense import TILE, TritonDense, _dense
+from tests.ops import interpreter
 
-ROOT = Path(__file__).parents[2]
 REJECT = next(impl.reject for impl in linear.IMPLS if impl.name == "triton")
 FORMATS = ("mxfp4", "int8", "int4-32", "int4-64", "int4-128", "Q4_0", "Q4_1", "Q8_0")
 TOKENS = (1, 3)
@@ -169,18 +165,9 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     return cases
 
 
-def interpret(file: str) -> dict[str, Any]:
-    """What each case of a file of tests gives in the interpreter."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-    run = subprocess.run([sys.executable, file], env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return interpret(__file__)
+    return interpreter.run(__file__)
 
 
 @pytest.mark.parametrize("case", interpreted())
@@ -275,24 +262,5 @@ def test_dense_compiles_for_hopper(dtype: str, monkeypatch: pytest.MonkeyPatch, 
     assert made.metadata.shared <= 100 << 10
 
 
-def main(cases: Mapping[str, Callable[[], float | None]]) -> None:
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:  # triton 3.6 calls int() on an array of one, which numpy 2.4 refuses
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
-    found: dict[str, Any] = {}
-    for name, case in cases.items():
-        try:
-            found[name] = case()
-        except Exception as e:
-            found[name] = repr(e)
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main(interpreted())
+    interpreter.main(interpreted())

@@ -24,19 +24,19 @@ def choose_page_size(asked: EngineConfig, groups: Sequence[CacheGroup], why: dic
     if asked.page_size is not None:
         why["page_size"] = "asked for"
         return asked.page_size
-    windows = [g.window for g in groups if g.window is not None]
+    sliding = {g.window: g for g in groups if g.window is not None}
+
+    def touched(window: int) -> int:
+        """Tokens in the pages that a window can touch, wherever it begins in a long row."""
+        return sliding[window].max_pages(window + 2 * size, 1, size) * size
+
     size = 16
-    while size > 4 and any(8 * (_touched(w, size) - w) > w for w in windows):
+    while size > 4 and any(8 * (touched(w) - w) > w for w in sliding):
         size //= 2
     why["page_size"] = "no layer has a window"
-    if windows:
-        why["page_size"] = f"a window of {min(windows)} tokens touches pages of {_touched(min(windows), size)} at most"
+    if sliding:
+        why["page_size"] = f"a window of {min(sliding)} tokens touches pages of {touched(min(sliding))} at most"
     return size
-
-
-def _touched(window: int, size: int) -> int:
-    """Tokens in the pages that a window can touch, wherever it begins."""
-    return (-(-(window - 1) // size) + 1) * size
 
 
 def divide_pages(

@@ -63,7 +63,7 @@ def batch(
     name = model or given.model
     if name is None:
         raise RequestError("model: no line names one; say which model is to answer with --model", field="model")
-    given = dataclasses.replace(given, model=given.model or name)
+    given = dataclasses.replace(given, model=name, any_model=model is not None)
     from slipstream.cli.load import load_llm
 
     llm = load_llm(name, engine)

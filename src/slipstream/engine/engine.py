@@ -219,7 +219,8 @@ class Engine:
                 lost = list(self._answers.values())
                 self.scheduler.reset()
             for answer in lost:
-                answer.sequence.finish_reason = None  # its last token may be lost
+                if answer.completion.finish_reason is not None:  # the delivery of one before it has ended this one too
+                    continue
                 if isinstance(e, Exception):
                     answer.completion.error = f"{type(e).__name__}: {e}"
                 self.end(answer, "error" if isinstance(e, Exception) else "abort")

@@ -35,6 +35,7 @@ class Input:
         lines: how many there are, blank ones left out.
         model: the first model that a line names. All lines are to name this one, or none.
         kind: of the first line that can be read. What cannot be read is answered in its format.
+        any_model: `model` was chosen to answer all, whatever they name.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Input:
     lines: int
     model: str | None
     kind: Kind
+    any_model: bool = False
 
 
 @dataclass(slots=True)
@@ -206,7 +208,7 @@ def read_task(line: Line, model: str | None) -> Task:
     """What the line asks for.
 
     Args:
-        model: the one that lines may name.
+        model: the one that lines may name; None lets them name any.
 
     Raises:
         RequestError: it cannot be understood, or asks for something that is not there; `.field` names it.
@@ -235,10 +237,10 @@ def _plain_task(value: dict[str, Any]) -> Task:
 
 
 def _openai_task(body: dict[str, Any], kind: Kind, model: str | None) -> Task:
-    if (named := body.pop("model", model)) != model:
-        raise wrong(
-            "model", f"must be {model!r}, which the job's first line names, got {named!r}; one job runs one model"
-        )
+    named = body.pop("model", model)
+    if model is not None and named != model:
+        hint = "one job runs one model, and --model lets one answer all"
+        raise wrong("model", f"must be {model!r}, which an earlier line names, got {named!r}; {hint}")
     what = "messages" if kind == "chat" else "prompt"
     if what not in body:
         raise wrong(what, "is missing")

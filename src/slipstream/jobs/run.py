@@ -86,6 +86,7 @@ def run_batch(
     given = in_path if isinstance(in_path, Input) else read_input(in_path)
     out = check_out(given.path, out_path, overwrite=overwrite)
     bases = _bases(llm, params)
+    llm.engine.scheduler.check_priority(bases[0])  # else every line would be refused
     asked = {"version": VERSION, "input": given.sha256, "settings": _settings(llm, given, bases)}
     with contextlib.ExitStack() as stack:
         with disk_errors(out):
@@ -232,7 +233,7 @@ class _Run:
             )
 
     def _make(self, item: Item) -> tuple[Request, list[Parser] | None]:
-        task = read_task(item[1], self.given.model)
+        task = read_task(item[1], None if self.given.any_model else self.given.model)
         params = self.bases[task.messages is not None].replace(**task.changes)
         if task.messages is None:
             return self.llm.make_request(task.prompt, params), None

@@ -34,10 +34,9 @@ def _reject_native(case: Case) -> str | None:
         return "is compiled for CPUs"
     if only_invariant(case):
         return only_invariant(case)
-    from slipstream.ops.native import build
+    from slipstream.ops.native import missing
 
-    library = build("activation", strict=True)
-    return library if isinstance(library, str) else None
+    return missing("activation", strict=True)
 
 
 def _reject_reference(case: Case) -> str | None:

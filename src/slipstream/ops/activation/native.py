@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slipstream.errors import KernelError
-from slipstream.ops.native import build
+from slipstream.ops.native import load
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_clamped": 3}  # the numbers in activation.c
 
@@ -32,10 +31,7 @@ def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
 
 @cache
 def _function() -> Any:
-    library = build("activation", strict=True)
-    if isinstance(library, str):
-        raise KernelError(f"activation[native_invariant]: {library}")
-    found, size, pointer = library.slipstream_activation, ctypes.c_long, ctypes.c_void_p
+    found, size, pointer = load("activation", strict=True).slipstream_activation, ctypes.c_long, ctypes.c_void_p
     found.argtypes = [ctypes.c_int, pointer, pointer, size, size, ctypes.c_float, ctypes.c_int]
     found.restype = None
     return found

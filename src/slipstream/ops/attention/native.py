@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from slipstream.batch import Batch, GroupBatch
-from slipstream.errors import KernelError
-from slipstream.ops.native import build
+from slipstream.ops.native import load
 
 
 class Call(ctypes.Structure):
@@ -39,9 +38,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,  # (heads,)
 ) -> Tensor:
-    library = build("attention", strict=True)
-    if isinstance(library, str):
-        raise KernelError(f"attention[native]: {library}")
+    library = load("attention", strict=True)
     tokens, heads, head_dim = q.shape
     if q.stride()[1:] != (head_dim, 1):
         q = q.contiguous()

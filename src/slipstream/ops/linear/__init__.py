@@ -94,10 +94,9 @@ def _reject_direct(case: Case, varies: str | None = None) -> str | None:
 
 
 def _not_built(name: str, strict: bool) -> str | None:
-    from slipstream.ops.native import build
+    from slipstream.ops.native import missing
 
-    library = build(name, strict)
-    return library if isinstance(library, str) else None
+    return missing(name, strict)
 
 
 def _native() -> Any:

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
 from slipstream.ops.linear.slices import in_slices
-from slipstream.ops.native import build
+from slipstream.ops.native import load
 
 KINDS = {"mxfp4": 0, "Q4_0": 1, "Q4_1": 2, "Q8_0": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}  # the numbers in formats.h
 FEW = 16  # tokens up to which the blocks are multiplied directly
@@ -32,9 +31,7 @@ class Blocks:
     """
 
     def __init__(self, invariant: bool = False) -> None:
-        library = build("blocks", strict=invariant)
-        if isinstance(library, str):
-            raise KernelError(f"linear[blocks]: {library}")
+        library = load("blocks", strict=invariant)
         self.invariant = invariant
         size, pointer = ctypes.c_long, ctypes.c_void_p
         self._linear, self._unpack = library.slipstream_blocks_linear, library.slipstream_blocks_unpack

@@ -11,9 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
-from slipstream.ops.native import build
+from slipstream.ops.native import load
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}  # the numbers in dense.c
 HALVES = 5
@@ -23,9 +22,7 @@ class Native:
     """Activations are float32, bfloat16 or float16; sums are float32."""
 
     def __init__(self) -> None:
-        library = build("dense", strict=True)
-        if isinstance(library, str):
-            raise KernelError(f"linear[native_invariant]: {library}")
+        library = load("dense", strict=True)
         self._linear = library.slipstream_dense_linear
         size, pointer = ctypes.c_long, ctypes.c_void_p
         self._linear.argtypes = [ctypes.c_int, *[pointer] * 4, *[size] * 5, ctypes.c_int]

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from slipstream.config.paths import cache_root
-from slipstream.errors import TrustError
+from slipstream.errors import KernelError, TrustError
 
 # What -ffast-math would bring and we need, without its start-up code, which switches denormals off for the process.
 FAST = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno", "-ffp-contract=fast")
@@ -61,6 +61,24 @@ def build(name: str, strict: bool = False) -> ctypes.CDLL | str:
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{source.name} could not be compiled or loaded: {e}"
+
+
+def missing(name: str, strict: bool = False) -> str | None:
+    """Why there is no such library here; None where there is one."""
+    library = build(name, strict)
+    return library if isinstance(library, str) else None
+
+
+def load(name: str, strict: bool = False) -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        KernelError: there is none; says why.
+    """
+    library = build(name, strict)
+    if isinstance(library, str):
+        raise KernelError(f"{name}.c: {library}")
+    return library
 
 
 def _check_owner(path: Path) -> None:

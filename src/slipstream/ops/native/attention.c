@@ -56,7 +56,7 @@ typedef struct {
 } Part;
 
 static inline long width_of(long dim) { return (dim + 15) / 16 * 16; }
-static inline size_t part_bytes(long dim) { return (sizeof(Part) + ROWS * width_of(dim) * 4 + 63) / 64 * 64; }
+static inline size_t part_bytes(long dim, long rows) { return (sizeof(Part) + rows * width_of(dim) * 4 + 63) / 64 * 64; }
 
 static INLINE vec all(float x) { return x - (vec){0}; }
 static INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
@@ -367,9 +367,12 @@ static void finish(const Call *c, const Tile *t, const Part *total) {
 // Returns 0, or 1 where there is not enough memory.
 int slipstream_attention(const Call *c, int sequences, int threads) {
   const long repeat = c->heads / c->kv_heads, width = width_of(c->dim);
-  long count = 0, parts = 0;
-  for (int s = 0; s < sequences; s++)
-    count += ((c->query_starts[s + 1] - c->query_starts[s]) * repeat + ROWS - 1) / ROWS * c->kv_heads;
+  long count = 0, parts = 0, most = 0;  // most: rows of one tile
+  for (int s = 0; s < sequences; s++) {
+    const long rows = (c->query_starts[s + 1] - c->query_starts[s]) * repeat;
+    count += (rows + ROWS - 1) / ROWS * c->kv_heads;
+    if (rows > most) most = rows < ROWS ? rows : ROWS;
+  }
   Tile *const tiles = malloc((size_t)(count + 1) * sizeof(Tile)), *t = tiles;
   if (!tiles) return 1;
   for (int s = 0; s < sequences; s++) {
@@ -386,7 +389,7 @@ int slipstream_attention(const Call *c, int sequences, int threads) {
   t->parts = parts;
   // With few tiles, their blocks are shared out, and merged when all are there: the same sums in the same order.
   const int shared = threads > 1 && count < 4 * threads && parts > count;
-  const size_t bytes = part_bytes(c->dim);
+  const size_t bytes = part_bytes(c->dim, most);
   char *const made = aligned_alloc(64, (shared ? (size_t)parts : 1) * bytes);
   if (!made) return free(tiles), 1;
   int short_of_memory = 0;
