@@ -102,6 +102,9 @@ class Decoder:
         most = tuple(g.max_pages(plan.max_model_len, 1, plan.page_size) for g in plan.groups)
         self._inputs = Inputs(plan, Shape(plan.max_num_seqs, tuple(map(_width, most, most))))
         self._most = most
+        # Graphs read these for as long as they are, so they are made once and kept.
+        self._rows = torch.arange(plan.max_num_seqs, device=plan.device)
+        self._starts = torch.arange(plan.max_num_seqs + 1, dtype=torch.int32, device=plan.device)
         self._recorded: dict[Shape, Run] = {}
         self._tables: dict[tuple[int, int], tuple[PageTable, np.ndarray]] = {}  # as arrays, while they do not change
 
@@ -152,14 +155,14 @@ class Decoder:
 
     def _batch(self, shape: Shape) -> Batch:
         wide, narrow, *tables = self._inputs.on_device(shape)
-        rows, device = shape.rows, self._plan.device
+        rows = shape.rows
         starts = tuple(range(rows + 1))
         groups = tuple(
             GroupBatch(group, self._plan.page_size, (), (), pages, narrow[1 + g], wide[2 + g])
             for g, (group, pages) in enumerate(zip(self._plan.groups, tables, strict=True))
         )
-        batch = Batch(wide[0], wide[1], starts, (0,) * rows, torch.arange(rows, device=device), groups)
-        batch.bounds = (torch.arange(rows + 1, dtype=torch.int32, device=device), narrow[0])
+        batch = Batch(wide[0], wide[1], starts, (0,) * rows, self._rows[:rows], groups)
+        batch.bounds = (self._starts[: rows + 1], narrow[0])
         return batch
 
 
