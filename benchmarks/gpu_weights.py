@@ -142,7 +142,7 @@ def check(plan: Any, checkpoint: Any) -> float:
     assert pages.reserve(0, 0, len(tokens))
     start = Start(0, tokens, SamplingParams(temperature=0), 0, ())
     step = Step(0, (start,), (), (Chunk(0, 0, tokens, pages.tables(0), True),))
-    if runner.run(step).tokens[0] is None:
+    if runner.finish(runner.launch(step)).tokens[0] is None:
         raise SystemExit("a prompt gives logits that are not finite")
     return error
 

@@ -19,7 +19,7 @@ from slipstream import LLM, SamplingParams
 from slipstream.cache.pages import Chain
 from slipstream.cache.spec import CacheGroup
 from slipstream.engine.engine import Stream
-from slipstream.engine.runner import Runner, StepResult
+from slipstream.engine.runner import Flight, Runner
 from slipstream.request import Chunk, Step
 from tests.engine import tiny
 from tests.parity import tiny as parity
@@ -163,7 +163,7 @@ def names_without_what_is_before(self: Chain, tokens: Sequence[int], end: int) -
     return [hashlib.blake2b(repr([*p]).encode(), digest_size=16).digest() for p in pages]
 
 
-def run_with_a_wrong_page(self: Runner, step: Step) -> StepResult:
+def run_with_a_wrong_page(self: Runner, step: Step) -> Flight:
     """Who decodes beside others has its last full page taken for that of the one before it."""
     chunks = list(step.chunks)
     for i, (a, b) in enumerate(itertools.pairwise(chunks), start=1):
@@ -178,12 +178,12 @@ def swapped(chunk: Chunk, page: int) -> Chunk:
     return dataclasses.replace(chunk, tables=(dataclasses.replace(first, pages=pages), *rest))
 
 
-run = Runner.run
+run = Runner.launch
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "fault"),
-    [(Chain, "names", names_without_what_is_before), (Runner, "run", run_with_a_wrong_page)],
+    [(Chain, "names", names_without_what_is_before), (Runner, "launch", run_with_a_wrong_page)],
 )
 def test_a_wrong_page_is_seen(
     gpt_oss: Model, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, fault: Any

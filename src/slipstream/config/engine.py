@@ -35,6 +35,8 @@ class EngineConfig:
         batch_invariant: a request's logits have the same bits alone and in any batch, in chunks or not, with or without what
             the cache holds; slower, and an error where an op has no implementation that keeps it.
         enforce_eager: run every step kernel by kernel, without CUDA graphs.
+        async_scheduling: launch a step before the tokens of the one before it are looked at, so that the device need not wait;
+            None does so on a GPU.
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
         num_threads: CPU threads; None leaves torch's own choice.
@@ -55,6 +57,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     batch_invariant: bool = False
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
     attn_implementation: str | None = None
     linear_implementation: str | None = None
     num_threads: int | None = None
@@ -86,6 +89,8 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
+        if self.async_scheduling not in (None, True, False):
+            raise ConfigError(f"async_scheduling: must be true or false, got {self.async_scheduling!r}")
         for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, got {getattr(self, name)!r}")

@@ -8,6 +8,7 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +58,15 @@ class Plan:
     weights_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    graphs_bytes: int
     cuda_graphs: bool
+    async_scheduling: bool
     why: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stored_pages(self) -> tuple[int, ...]:
+        """Pages in memory: graphs need one more in each group, for rows that only fill a step up."""
+        return tuple(n + self.cuda_graphs for n in self.num_pages)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for --json and for benchmark records."""
@@ -87,7 +95,8 @@ class Plan:
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "bytes": {
                 "weights": self.weights_bytes, "kv_cache": self.kv_bytes, "workspace": self.workspace_bytes,
-                "total": self.weights_bytes + self.kv_bytes + self.workspace_bytes,
+                "graphs": self.graphs_bytes,
+                "total": self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.graphs_bytes,
                 "free": self.hardware.free_bytes,
             },
             "why": self.why,
@@ -138,6 +147,8 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     batched = asked.max_num_batched_tokens
     workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
     page_size = choose_page_size(asked, groups, why)
+    graphs = _cuda_graphs(asked, hardware, choices, why)
+    graphs_bytes = _graphs_bytes(config, asked.max_num_seqs, dtype, groups, page_size) if graphs else 0
     max_len, num_pages = divide_pages(
         asked,
         groups,
@@ -146,7 +157,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         dtype_bytes=dtype.itemsize,
         free_bytes=hardware.free_bytes,
         gpu=hardware.device.startswith("cuda"),
-        other_bytes=weights + workspace,
+        other_bytes=weights + workspace + graphs_bytes,
         # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
         bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
         why=why,
@@ -172,7 +183,9 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         weights_bytes=weights,
         kv_bytes=kv,
         workspace_bytes=workspace,
-        cuda_graphs=_cuda_graphs(asked, hardware, choices, why),
+        graphs_bytes=graphs_bytes,
+        cuda_graphs=graphs,
+        async_scheduling=_async_scheduling(asked, hardware, why),
         why=why,
     )
 
@@ -189,6 +202,27 @@ def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice],
     else:
         why["cuda_graphs"] = "decoding steps are recorded once for each size, and replayed"
     return not asked.enforce_eager and not waits
+
+
+def _graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
+    """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
+    spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
+    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * dtype.itemsize
+
+
+def _async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:
+    """Whether a step is launched before the one before it is looked at."""
+    gpu = hardware.device.startswith("cuda")
+    why["async_scheduling"] = (
+        "asked for"
+        if asked.async_scheduling is not None
+        else (
+            "while the GPU runs a step, the next one is made"
+            if gpu
+            else "on a CPU the next step would wait for the same cores"
+        )
+    )
+    return gpu if asked.async_scheduling is None else asked.async_scheduling
 
 
 def _dtype(
@@ -224,6 +258,7 @@ def _choose(
         "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
         "activation": choose("activation", activation.IMPLS, case),
         "sampling": choose("sampling", sampling.IMPLS, case),
+        "pick": choose("pick", sampling.PICK, case),
         "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
     }
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
@@ -239,11 +274,13 @@ def _choose(
     table = Ops(
         add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
         activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
-        sample=chosen["sampling"].fn,
+        sample=chosen["sampling"].fn, pick=chosen["pick"].fn,
         row_by_row=asked.batch_invariant and case.device == "cpu",
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]
+    if case.device != "cuda" and not asked.async_scheduling:
+        del chosen["pick"]
     return list(chosen.values()), table
 
 
@@ -291,8 +328,11 @@ def _linear_choices(
 
 def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
     """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
+    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
+    return _layer_bytes(config, tokens, dtype) + 3 * rows * config.vocab_size * 4
+
+
+def _layer_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
     heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
-    layer = tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
-    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
-    return layer + 3 * rows * config.vocab_size * 4
+    return tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
