@@ -24,8 +24,8 @@ class EngineConfig:
         weights: checkpoint reads them; random draws them on the device, in the shapes and formats of config.json, so that a model
             can be measured before it is downloaded. What it writes is noise.
         max_model_len: longest prompt + answer, tokens.
-        max_num_seqs: requests that run together.
-        max_num_batched_tokens: tokens computed in one step.
+        max_num_seqs: requests that run together; None is 256 on a GPU with much free memory, else 64.
+        max_num_batched_tokens: tokens computed in one step; None is 8192 there, else 2048.
         kv_cache_memory_bytes: bytes for keys and values; None plans them from what is free.
         gpu_memory_utilization: the part of the free memory that the plan may use (weights, KV, workspace); on a CPU at
             most half of it.
@@ -39,6 +39,7 @@ class EngineConfig:
             None does so on a GPU.
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
+        moe_implementation: force one for the experts of a mixture.
         num_threads: CPU threads; None leaves torch's own choice.
         seed: from which requests without a seed of their own draw theirs, and random weights theirs (None is then 0).
     """
@@ -48,8 +49,8 @@ class EngineConfig:
     quantization: str = "auto"
     weights: str = "checkpoint"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     page_size: int | None = None
@@ -60,6 +61,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     attn_implementation: str | None = None
     linear_implementation: str | None = None
+    moe_implementation: str | None = None
     num_threads: int | None = None
     seed: int | None = None
 
@@ -85,7 +87,7 @@ class EngineConfig:
             ("kv_cache_memory_bytes", 1), ("num_threads", 1), ("seed", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name not in ("max_num_seqs", "max_num_batched_tokens"):
+            if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")

@@ -31,6 +31,7 @@ from slipstream.ops.choose import Case, Choice, choose
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
 
+LARGE = 32 << 30  # bytes free on a GPU from which on many requests run together
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
 WAITING = {("moe", "loop"), ("moe", "reference"), ("attention", "sdpa"), ("attention", "reference")}
 
@@ -144,15 +145,17 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     groups = home.cache_spec(config)
     held = tuple(held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
-    batched = asked.max_num_batched_tokens
-    workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
+    sequences, batched = _sizes(asked, hardware, why)
+    workspace = _workspace_bytes(config, batched, sequences, dtype)
     page_size = choose_page_size(asked, groups, why)
     graphs = _cuda_graphs(asked, hardware, choices, why)
-    graphs_bytes = _graphs_bytes(config, asked.max_num_seqs, dtype, groups, page_size) if graphs else 0
+    graphs_bytes = _graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
     max_len, num_pages = divide_pages(
         asked,
         groups,
         page_size=page_size,
+        sequences=sequences,
+        chunk=batched,
         longest=config.max_position_embeddings,
         dtype_bytes=dtype.itemsize,
         free_bytes=hardware.free_bytes,
@@ -178,7 +181,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         num_pages=num_pages,
         page_size=page_size,
         max_model_len=max_len,
-        max_num_seqs=asked.max_num_seqs,
+        max_num_seqs=sequences,
         max_num_batched_tokens=batched,
         weights_bytes=weights,
         kv_bytes=kv,
@@ -188,6 +191,24 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         async_scheduling=_async_scheduling(asked, hardware, why),
         why=why,
     )
+
+
+def _sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple[int, int]:
+    """Sequences that run together, and tokens of one step. A large GPU is busy only with many of both."""
+    large = hardware.device.startswith("cuda") and hardware.free_bytes >= LARGE
+    found = []
+    for name, most, else_ in (("max_num_seqs", 256, 64), ("max_num_batched_tokens", 8192, 2048)):
+        value = getattr(asked, name)
+        why[name] = "asked for"
+        if value is None:
+            value = most if large else else_
+            why[name] = (
+                f"more than {LARGE >> 30} GiB are free on a GPU"
+                if large
+                else f"a GPU with {LARGE >> 30} GiB free takes {most}"
+            )
+        found.append(value)
+    return found[0], found[1]
 
 
 def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], why: dict[str, str]) -> bool:
@@ -305,7 +326,7 @@ def _experts_choice(
         asked, hardware, dtype, kinds={m.kind for m in layers}, formats={format for format, _, _ in stacks},
         sizes={shape[1:] for _, _, shape in stacks},
     )  # fmt: skip
-    choice = choose("moe", moe.IMPLS, case)
+    choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
     table.experts.kernel = choice.fn
     return [choice]
 
