@@ -91,7 +91,9 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, batch, cache, turns)
         rows = batch.logits_rows
-        x = self.norm.add(x[rows], None if delta is None else delta[rows])[1]
+        if len(rows) < len(x):  # else they are all of them, in order
+            x, delta = x[rows], None if delta is None else delta[rows]
+        x = self.norm.add(x, delta)[1]
         logits = self.head(x).float()
         cap = self.config.final_logit_softcapping
         if cap is None or not len(logits):
