@@ -176,7 +176,7 @@ def test_it_compiles_for_hopper(decode: bool, invariant: bool, monkeypatch: pyte
     options = {k: layout.pop(k) for k in ("num_warps", "num_stages")} | {"enable_fp_fusion": not invariant}
     constants: dict[str, Any] = {
         "WINDOW": 0, "PAGE": 16, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": module.SPLIT,
-        "DECODE": decode, "INVARIANT": invariant, "CHAIN": True, "LATE": False, "inner": None, **layout,
+        "DECODE": decode, "INVARIANT": invariant, "CHAIN": True, "inner": None, **layout,
     }  # fmt: skip
     constants |= {} if decode else dict.fromkeys(("tops", "norms", "parts"))
     types = dict.fromkeys(("q", "keys", "values", "out"), "*bf16") | {"scale": "fp32"}

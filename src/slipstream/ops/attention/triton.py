@@ -26,7 +26,6 @@ from slipstream.ops.chain import chain
 
 LOG2E = math.log2(math.e)
 SPLIT = 512  # keys of a decoding sequence that one program looks at
-LATE = False
 WHOLE = 1 << 30  # no splits
 PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
@@ -74,7 +73,7 @@ def attention(
                 parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
             layout = tiles(share, width, q.dtype, True, invariant, group.window)
             _attend[sequences * kv_heads, most](
-                *tensors, tops, norms, parts, *numbers, **shape, **layout, **options, DECODE=True, LATE=LATE
+                *tensors, tops, norms, parts, *numbers, **shape, **layout, **options, DECODE=True
             )
             if most > 1:
                 _combine[heads, sequences](
@@ -187,10 +186,10 @@ def _attend(  # type: ignore[no-untyped-def]
     q_token, q_head, slot_stride, head_stride, table_stride, sequences, scale, inner,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr,
-    INVARIANT: tl.constexpr, CHAIN: tl.constexpr, LATE: tl.constexpr = False,
+    INVARIANT: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """DECODE: one split of a sequence that has one query. Otherwise BLOCK_M // SHARE queries of one that has more."""
-    if CHAIN and not LATE:
+    if CHAIN:
         gdc_launch_dependents()
     # Key heads of one place go together, as they are neighbours in memory.
     kv_head, tile = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
@@ -275,8 +274,6 @@ def _attend(  # type: ignore[no-untyped-def]
             low, high, scale, inner, WINDOW, PAGE, HEAD_DIM, WIDTH, BLOCK_N, True,
         )  # fmt: skip
 
-    if CHAIN and LATE:
-        gdc_launch_dependents()
     if parts is not None and num_splits > 1:
         at = (sequence * KV_HEADS * SHARE + head).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(tops + at, top, mask=real)
