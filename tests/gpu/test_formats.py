@@ -13,7 +13,8 @@ from slipstream.ops.choose import Case, choose
 from slipstream.ops.formats import Weight, decode
 from slipstream.ops.linear import IMPLS
 from slipstream.ops.linear.triton import Triton
-from tests.ops.test_triton import FORMATS, all_codes_and_scales, error, make, one_bad_block, product
+from slipstream.ops.linear.triton_few import Few
+from tests.ops.test_triton import FORMATS, all_codes_and_scales, error, few, make, one_bad_block, product
 
 pytestmark = pytest.mark.gpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -87,3 +88,31 @@ def test_it_is_what_is_chosen() -> None:
     facts = {"format": "mxfp4", "in_features": 96, "out_features": 40}
     case = Case("cuda", "bfloat16", torch.cuda.get_device_capability(), facts)
     assert choose("linear", IMPLS, case).name == "triton"
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width"), [(5120, 2880), (2880, 4096), (83, 1104), (1, 16), (4099, 14336)], ids=lambda n: str(n)
+)
+def test_few_tokens_by_floats(rows: int, width: int, dtype: torch.dtype) -> None:
+    for tokens in (1, 2, 9, 17, 32):  # cuBLAS, which takes more, is less exact
+        assert few(tokens, dtype, "cuda", rows, width) < TOLERANCE[dtype]
+
+
+def test_more_than_two_billion_floats() -> None:
+    rows, width = 800_003, 2880
+    weight = torch.zeros(rows, width, dtype=BF16, device="cuda")
+    weight[-1] = torch.arange(width, device="cuda") % 5 - 2
+    for tokens in (1, 3):
+        x = torch.randn(tokens, width, device="cuda").bfloat16()
+        found = product(x, (weight,), None, Few())
+        assert not found[:, :-1].any()
+        torch.testing.assert_close(found[:, -1].double(), x.double() @ weight[-1].double(), rtol=6e-3, atol=0.1)
+
+
+def test_few_tokens_are_ours_and_many_are_not() -> None:
+    facts = {"format": "dense", "in_features": 96, "out_features": 40}
+    case = Case("cuda", "bfloat16", torch.cuda.get_device_capability(), facts)
+    assert choose("linear", IMPLS, case).name == "triton_few"
+    facts["batch_invariant"] = True
+    assert choose("linear", IMPLS, case).name == "triton_dense_invariant"

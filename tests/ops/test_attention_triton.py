@@ -176,7 +176,7 @@ def test_it_compiles_for_hopper(decode: bool, invariant: bool, monkeypatch: pyte
     options = {k: layout.pop(k) for k in ("num_warps", "num_stages")} | {"enable_fp_fusion": not invariant}
     constants: dict[str, Any] = {
         "WINDOW": 0, "PAGE": 16, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": module.SPLIT,
-        "DECODE": decode, "INVARIANT": invariant, "inner": None, **layout,
+        "DECODE": decode, "INVARIANT": invariant, "CHAIN": True, "inner": None, **layout,
     }  # fmt: skip
     constants |= {} if decode else dict.fromkeys(("tops", "norms", "parts"))
     types = dict.fromkeys(("q", "keys", "values", "out"), "*bf16") | {"scale": "fp32"}
@@ -190,6 +190,10 @@ def test_it_compiles_for_hopper(decode: bool, invariant: bool, monkeypatch: pyte
         ASTSource(module._attend, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options
     )
     ptx = made.asm["ptx"]
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    assert (
+        "prefetch.global.L2" not in after and ("prefetch.global.L2" in before) == decode and "st.global" not in before
+    )
     assert ("wgmma.mma_async" in ptx) == (invariant or not decode) and "cp.async" in ptx
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)) <= {"0"}
     assert made.metadata.shared <= 112 << 10  # two programs a multiprocessor

@@ -292,7 +292,7 @@ KERNELS: dict[
 }
 NUMBERS = (
     "x_stride", "delta_stride", "w_stride", "part_stride", "stride", "width", "heads", "kv_heads", "experts", "top_k", "inner",
-    "vocab", "size", "pieces", "tokens", "hidden",
+    "vocab", "size", "pieces", "tokens", "hidden", "each",
 )  # fmt: skip
 
 
@@ -304,14 +304,25 @@ def test_it_compiles_for_hopper_without_spills(name: str, monkeypatch: pytest.Mo
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel, constants, types, warps = KERNELS[name]
+    chained = "CHAIN" in kernel.arg_names
+    constants = constants | ({"CHAIN": True} if chained else {})
     signature = {
         a: "constexpr" if a in constants else types.get(a, "i32" if a in NUMBERS else "*bf16") for a in kernel.arg_names
     }
-    made = triton.compile(
-        ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}
-    )
+    whole = {  # multiples of 16, as they are in the models
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(kernel.arg_names)
+        if signature[a][0] == "*" or "stride" in a or a in ("width", "hidden", "inner")
+    }
+    source = ASTSource(kernel, signature, constants, whole)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    ptx = made.asm["ptx"]
+    before, wait, after = ptx.partition("griddepcontrol.wait")
+    assert bool(wait) == chained == ("griddepcontrol.launch_dependents" in ptx)
+    assert not chained or ("st.global" in after and "st.global" not in before)  # an earlier kernel may still read there
+    assert name != "attention_input" or ".b16" not in "".join(x for x in ptx.splitlines() if "ld.global" in x)
     stack = 32 if name == "attention_input" else 0  # angles of more than 105,615 are reduced by a table on the stack
-    held = [line for line in made.asm["ptx"].splitlines() if line.strip().startswith(".local")]
+    held = [line for line in ptx.splitlines() if line.strip().startswith(".local")]
     assert sum(int(line.partition("[")[2].partition("]")[0]) for line in held) <= stack, held
 
 

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 from slipstream.ops.linear.triton import ROWS, STAGES, Triton, _tiles, _vector, tiles
 from slipstream.ops.linear.triton_dense import TILE, TritonDense, _dense
+from slipstream.ops.linear.triton_few import ONE, SOME, Few, _one, _some
 from tests.ops import interpreter
 
 REJECT = next(impl.reject for impl in linear.IMPLS if impl.name == "triton")
@@ -46,7 +47,7 @@ def make(name: str, shape: tuple[int, ...], device: str = "cpu") -> Weight:
     return Weight(format, blocks.view(*outer, -1).to(device), shape)
 
 
-def product(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+def product(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, kernel: Any = None) -> Tensor:
     """What the kernel gives; what it allocates starts as NaN, and must be untouched beyond its ends."""
     buffers, empty = [], torch.empty
 
@@ -56,7 +57,7 @@ def product(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tenso
 
     torch.empty = guarded  # type: ignore[assignment]
     try:
-        found = Triton()(x, packed, bias)
+        found = (kernel or Triton())(x, packed, bias)
     finally:
         torch.empty = empty
     assert all(b[:1024].isnan().all() and b[-1024:].isnan().all() for b in buffers), "written out of bounds"
@@ -147,6 +148,27 @@ def invariant(name: str, dtype: torch.dtype = F32, device: str = "cpu", rows: in
     return ((whole.double() - want).abs().max() / want.abs().max()).item()
 
 
+def few(tokens: int, dtype: torch.dtype = F32, device: str = "cpu", rows: int = 83, width: int = 1104) -> float:
+    """The largest relative error of the dense kernels for few tokens, with a weight that stands in NaN, and NaN at one
+    place of it and of the tokens."""
+    random = torch.Generator().manual_seed(tokens)
+    held = torch.full((rows + 2, width), torch.nan, dtype=dtype, device=device)
+    held[1:-1] = torch.randn(rows, width, generator=random).to(device, dtype)
+    weight = Few().prepare(Weight("dense", held[1:-1], (rows, width)), dtype)
+    assert weight[0].data_ptr() == held[1].data_ptr()
+    x = torch.randn(tokens, width, generator=random).to(device, dtype)
+    bias = torch.randn(rows, generator=random).to(device, dtype) if tokens % 2 else None
+    found = product(inside_nan(x), weight, bias, Few())
+    assert found.dtype == dtype and found.shape == (tokens, rows) and Few()(x[:0], weight, bias).shape == (0, rows)
+    assert torch.equal(found, Few()(x, weight, bias))
+    want = x.double() @ held[1:-1].double().T + (0 if bias is None else bias.double())
+    bad_row = rows // 2
+    held[1 + bad_row, 3] = x[-1, 7] = torch.nan
+    bad = Few()(x, weight, bias).isnan()
+    assert bad[-1].all() and bad[:, bad_row].all() and bad.sum() == rows + tokens - 1
+    return ((found.double() - want).abs().max() / want.abs().max()).item()
+
+
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {
         f"{name}-{tokens}": lambda name=name, tokens=tokens: error(name, tokens, F32)  # type: ignore[misc]
@@ -159,6 +181,9 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     cases["few-tokens"], cases["many-tokens"] = lambda: tiles_of_bfloat16(5), lambda: tiles_of_bfloat16(67)
     for name in ("dense", "mxfp4", "int8", "Q4_1"):
         cases[f"invariant-{name}"] = lambda name=name: invariant(name)  # type: ignore[misc]
+    for tokens in (1, 2, 3, 13, 32, 33):
+        cases[f"few-{tokens}"] = lambda tokens=tokens: few(tokens)  # type: ignore[misc]
+    cases["few-narrow"] = lambda: max(few(1, rows=1, width=16), few(5, width=16))
     cases["codes"] = lambda: all_codes_and_scales(F32)
     cases["nan"] = one_bad_block
     cases["none"] = no_tokens
@@ -260,6 +285,36 @@ def test_dense_compiles_for_hopper(dtype: str, monkeypatch: pytest.MonkeyPatch, 
     ptx = made.asm["ptx"]
     assert ("wgmma.mma_async" in ptx) == (dtype != "fp32") and "tf32" not in ptx
     assert made.metadata.shared <= 100 << 10
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 32])
+def test_the_kernels_for_few_tokens_compile_for_hopper(
+    tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The one token's weights are read before the kernel waits for what came before it; nothing is spilled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, tile = (_one, ONE) if tokens == 1 else (_some, {"BLOCK_M": tokens, **SOME})
+    sizes: dict[str, Any] = {k: v for k, v in tile.items() if k.isupper()} | {"CHAIN": True}
+    pointers = ("x", "weight", "bias", "out")
+    signature = {a: "constexpr" if a in sizes else "*bf16" if a in pointers else "i32" for a in kernel.arg_names}
+    whole = (*pointers, "width", "num_rows", "x_stride")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in whole}
+    options = {k: v for k, v in tile.items() if k not in sizes}
+    made = triton.compile(
+        ASTSource(kernel, signature, sizes, aligned), target=GPUTarget("cuda", 90, 32), options=options
+    )
+    ptx = made.asm["ptx"]
+    assert ".local" not in ptx and made.metadata.shared <= 100 << 10
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in after and "st.global" in after and "st.global" not in before
+    if tokens == 1:
+        assert before.count("ld.global.v4") == 8 * ONE["HELD"] and "mma" not in ptx
+    else:
+        assert "mma.sync.aligned.m16n8k16" in after and "cp.async" in after
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         self._frequencies = [inverse_frequencies(rope) for rope in config.ropes]
 
     def forward(self, batch: Batch, cache: Storage) -> Tensor:
-        """Logits of `batch.logits_rows`, (rows, vocab), as the head gives them; float32 where they are capped."""
+        """Logits of `batch.logits_rows`, (rows, vocab) float32 where the head can."""
         x = self.embed(batch.token_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
@@ -91,8 +91,10 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x, delta = layer(x, delta, batch, cache, turns)
         rows = batch.logits_rows
-        x = self.norm.add(x[rows], None if delta is None else delta[rows])[1]
-        logits = self.head(x)
+        if len(rows) < len(x):  # else they are all of them, in order
+            x, delta = x[rows], None if delta is None else delta[rows]
+        x = self.norm.add(x, delta)[1]
+        logits = self.head.wide(x)
         cap = self.config.final_logit_softcapping
         if cap is None or not len(logits):
             return logits

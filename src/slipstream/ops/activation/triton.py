@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from slipstream.ops.chain import chain
 
 BLOCK = 512
 
@@ -19,12 +22,19 @@ def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
     out = torch.empty(*outer, inner, dtype=x.dtype, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _gate[(len(x), triton.cdiv(inner, BLOCK))](x, out, x.stride(0), inner, limit, KIND=kind, BLOCK=BLOCK)
+            _gate[(len(x), triton.cdiv(inner, BLOCK))](
+                x, out, x.stride(0), inner, limit, KIND=kind, BLOCK=BLOCK, **chain(x.device)
+            )
     return out
 
 
 @triton.jit
-def _gate(x, out, stride, inner, limit, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate(  # type: ignore[no-untyped-def]
+    x, out, stride, inner, limit, KIND: tl.constexpr, BLOCK: tl.constexpr, CHAIN: tl.constexpr
+):
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x + row * stride + at, mask=at < inner).to(tl.float32)
     up = tl.load(x + row * stride + inner + at, mask=at < inner).to(tl.float32)

@@ -19,12 +19,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.batch import Batch, GroupBatch
+from slipstream.ops.chain import chain
 
 LOG2E = math.log2(math.e)
 SPLIT = 512  # keys of a decoding sequence that one program looks at
 WHOLE = 1 << 30  # no splits
+PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 def attention(
@@ -55,7 +58,7 @@ def attention(
     }  # fmt: skip
     split, most = splits(group.window, pages.shape[1] * group.page_size)
     # Which products the compiler fuses with sums, it chooses kernel by kernel. Without that, two have the same bits.
-    options = {"SPLIT": split, "INVARIANT": invariant, "enable_fp_fusion": not invariant}
+    options = {"SPLIT": split, "INVARIANT": invariant, "enable_fp_fusion": not invariant, **chain(q.device)}
     with torch.cuda.device_of(q):  # Triton launches on the current device
         if not batch.decode_only:
             layout = tiles(share, width, q.dtype, False, invariant)
@@ -75,7 +78,7 @@ def attention(
             if most > 1:
                 _combine[heads, sequences](
                     tops, norms, parts, *batch.bounds, sinks, out, most, WINDOW=group.window or 0, SPLIT=split,
-                    HEAD_DIM=head_dim, WIDTH=width, num_warps=1, enable_fp_fusion=not invariant,
+                    HEAD_DIM=head_dim, WIDTH=width, num_warps=1, enable_fp_fusion=not invariant, **chain(q.device),
                 )  # fmt: skip
     return out
 
@@ -110,6 +113,11 @@ def tiles(
 def _slots(pages, key, low, high, PAGE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where keys low..high-1 stand in the cache."""
     return tl.load(pages + key // PAGE, mask=(key >= low) & (key < high), other=0).to(tl.int64) * PAGE + key % PAGE
+
+
+@triton.jit
+def _prefetch(pointers):  # type: ignore[no-untyped-def]
+    tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -178,9 +186,11 @@ def _attend(  # type: ignore[no-untyped-def]
     q_token, q_head, slot_stride, head_stride, table_stride, sequences, scale, inner,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, DECODE: tl.constexpr,
-    INVARIANT: tl.constexpr,
+    INVARIANT: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """DECODE: one split of a sequence that has one query. Otherwise BLOCK_M // SHARE queries of one that has more."""
+    if CHAIN:
+        gdc_launch_dependents()
     # Key heads of one place go together, as they are neighbours in memory.
     kv_head, tile = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     BLOCK_Q: tl.constexpr = 1 if DECODE else BLOCK_M // SHARE
@@ -221,6 +231,14 @@ def _attend(  # type: ignore[no-untyped-def]
     token = (row + query).to(tl.int64)
     dims = tl.arange(0, WIDTH)[None, :]
     mask = real[:, None] & (dims < HEAD_DIM)
+    if CHAIN:
+        if DECODE:  # what stands in the cache is on its way to the L2 before the query is there
+            for begin in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+                place = _slots(pages, begin + tl.arange(0, BLOCK_N), low, high, PAGE) * slot_stride
+                for line in tl.static_range(0, HEAD_DIM, 64):
+                    _prefetch(keys + place + line)
+                    _prefetch(values + place + line)
+        gdc_wait()
     rows = tl.load(q + (token * q_token + head * q_head)[:, None] + dims, mask=mask, other=0)
 
     total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -270,9 +288,12 @@ def _attend(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["most"])
 def _combine(  # type: ignore[no-untyped-def]
     tops, norms, parts, query_starts, starts, sinks, out, most,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """The splits of one query and head together, in order."""
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence, head = tl.program_id(1), tl.program_id(0) + tl.arange(0, 1)
     row = tl.load(query_starts + sequence)
     position = tl.load(starts + sequence)

@@ -10,8 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from slipstream.ops.chain import chain
 from slipstream.ops.rope import Turns
+
+MANY = 256  # tokens from which on a program has all heads of one: their cos and sin are the same
 
 
 def attention_input(
@@ -30,48 +34,60 @@ def attention_input(
     q_weight, k_weight, eps = norms or (None, None, 0.0)
     size = triton.next_power_of_2(head_dim)
     heads = max(1, 512 // size)
+    groups = triton.cdiv(all_heads, heads)
+    each = groups if tokens >= MANY else 1
     if tokens:
         with torch.cuda.device_of(qkv):  # Triton launches on the current device
-            _attention_input[(tokens, triton.cdiv(all_heads, heads))](
+            _attention_input[(tokens, triton.cdiv(groups, each))](
                 qkv, positions, freq, q_weight, k_weight, slots, q, keys, values, factor, eps, qkv.stride(0),
-                all_heads - 2 * kv_heads, kv_heads, HEAD_DIM=head_dim, HALF=0 if freq is None else len(freq),
-                HEADS=heads, SIZE=size,
+                all_heads - 2 * kv_heads, kv_heads, each, HEAD_DIM=head_dim, HALF=0 if freq is None else len(freq),
+                HEADS=heads, SIZE=size, **chain(qkv.device),
             )  # fmt: skip
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def _attention_input(  # type: ignore[no-untyped-def]
-    qkv, positions, freq, q_weight, k_weight, slots, q, keys, values, factor, eps, stride, heads, kv_heads,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    qkv, positions, freq, q_weight, k_weight, slots, q, keys, values, factor, eps, stride, heads, kv_heads, each,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
+    """`each` groups of HEADS heads of one token."""
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     at = tl.arange(0, SIZE)[None, :]
-    real = (head < heads + 2 * kv_heads) & (at < HEAD_DIM)
-    source = qkv + token * stride + head * HEAD_DIM
-    x = tl.load(source + at, mask=real, other=0)
-    y = x.to(tl.float32)
-    if q_weight is not None:
-        root = tl.sqrt_rn(tl.sum(y * y, 1) / HEAD_DIM + eps)[:, None]
-        y = _normalised(y, root, q_weight, k_weight, head < heads, at, HEAD_DIM, x.dtype)
+    slot = tl.load(slots + token)
     if positions is not None:
         partner = tl.where(at < HALF, at + HALF, at - HALF)
+        if HALF % 8 == 0:  # which the compiler does not see, and would load one by one
+            partner = tl.max_contiguous(tl.multiple_of(partner, [1, 8]), [1, 8])
         turned = at < 2 * HALF
-        z = tl.load(source + partner, mask=real & turned, other=0).to(tl.float32)
-        if q_weight is not None:
-            z = _normalised(z, root, q_weight, k_weight, head < heads, tl.where(turned, partner, 0), HEAD_DIM, x.dtype)
         angle = tl.load(positions + token).to(tl.float32) * tl.load(freq + at % HALF, mask=turned, other=0)
         cos, sin = tl.cos(angle) * factor, tl.sin(angle) * factor
         sin = tl.where(at < HALF, -sin, sin)
-        cos, sin = cos.to(x.dtype).to(tl.float32), sin.to(x.dtype).to(tl.float32)
-        y = tl.where(turned, y * cos + z * sin, y)
-    y = y.to(x.dtype)
-    tl.store(q + (token * heads + head) * HEAD_DIM + at, y, mask=real & (head < heads))
-    slot, k = tl.load(slots + token), head - heads
-    tl.store(keys + (slot * kv_heads + k) * HEAD_DIM + at, y, mask=real & (k >= 0) & (k < kv_heads))
-    k -= kv_heads
-    tl.store(values + (slot * kv_heads + k) * HEAD_DIM + at, x, mask=real & (k >= 0))
+        cos, sin = cos.to(q.dtype.element_ty).to(tl.float32), sin.to(q.dtype.element_ty).to(tl.float32)
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
+    for group in range(tl.program_id(1) * each, (tl.program_id(1) + 1) * each):
+        head = group * HEADS + tl.arange(0, HEADS)[:, None]
+        real = (head < heads + 2 * kv_heads) & (at < HEAD_DIM)
+        source = qkv + token * stride + head * HEAD_DIM
+        x = tl.load(source + at, mask=real, other=0)
+        y = x.to(tl.float32)
+        if q_weight is not None:
+            root = tl.sqrt_rn(tl.sum(y * y, 1) / HEAD_DIM + eps)[:, None]
+            y = _normalised(y, root, q_weight, k_weight, head < heads, at, HEAD_DIM, x.dtype)
+        if positions is not None:
+            z = tl.load(source + partner, mask=real & turned, other=0).to(tl.float32)
+            if q_weight is not None:
+                there = tl.where(turned, partner, 0)
+                z = _normalised(z, root, q_weight, k_weight, head < heads, there, HEAD_DIM, x.dtype)
+            y = tl.where(turned, y * cos + z * sin, y)
+        y = y.to(x.dtype)
+        tl.store(q + (token * heads + head) * HEAD_DIM + at, y, mask=real & (head < heads))
+        k = head - heads
+        tl.store(keys + (slot * kv_heads + k) * HEAD_DIM + at, y, mask=real & (k >= 0) & (k < kv_heads))
+        k -= kv_heads
+        tl.store(values + (slot * kv_heads + k) * HEAD_DIM + at, x, mask=real & (k >= 0))
 
 
 @triton.jit

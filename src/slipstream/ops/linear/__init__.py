@@ -2,6 +2,7 @@
 
 kernel.prepare(weight, dtype) -> tuple of tensors, from a `Weight` of shape (out, in)
 kernel(x, packed, bias) -> (tokens, out); x (tokens, in)
+kernel.wide(x, packed) -> the same in float32, not rounded to the dtype of x: of kernels for CUDA
 kernel.held_bytes(format, shape, dtype, packed) -> bytes, where `prepare` lays out a packed weight in a way of its own, or
 None where it keeps this format as it is; packed is its size before
 
@@ -14,6 +15,7 @@ A weight that arrives packed stays packed, and is multiplied by an implementatio
 | int8pack | int8 | CPUs |
 | triton | mxfp4, int8, int4, Q4_0, Q4_1, Q8_0 | CUDA |
 | unpacked | mxfp4, int8, int4, decoded slice by slice | CPUs |
+| triton_few | dense bfloat16, float16: few tokens here, more by cuBLAS | CUDA, from Hopper on |
 | onednn, torch | dense | CPUs; anything |
 | reference | all; if packed, then only if it is forced | anything |
 
@@ -159,6 +161,12 @@ def _triton() -> Any:
     return Triton()
 
 
+def _triton_few() -> Any:
+    from slipstream.ops.linear.triton_few import Few
+
+    return Few()
+
+
 def _triton_invariant() -> Any:
     from slipstream.ops.linear.triton import Triton
 
@@ -191,6 +199,20 @@ def _reject_triton_dense(case: Case) -> str | None:
     if case.get("format") != "dense":
         return f"takes floats, not {case.get('format')}"
     return only_invariant(case) or _no_triton(case)
+
+
+def _reject_triton_few(case: Case) -> str | None:
+    if case.get("format") != "dense":
+        return f"takes floats, not {case.get('format')}"
+    if case.device == "cuda" and case.batch_invariant:
+        return "few tokens are summed in another order than many, which cuBLAS multiplies"
+    if case.device == "cuda" and case.dtype == "float32":
+        return "is faster than cuBLAS in 16 bits only"
+    if case.device == "cuda" and case.capability is not None and case.capability < (9, 0):
+        return "was measured to be faster than cuBLAS on Hopper: what it gains is to start before the kernel before it ends"
+    if case.device == "cuda" and case.get("in_features", 0) % 16:
+        return "needs in_features in multiples of 16"
+    return _no_triton(case)
 
 
 def _no_triton(case: Case) -> str | None:
@@ -260,6 +282,7 @@ IMPLS = (
     Impl("triton", _triton, _reject_triton),
     Impl("triton_invariant", _triton_invariant, _reject_triton_packed),
     Impl("triton_dense_invariant", _triton_dense, _reject_triton_dense),
+    Impl("triton_few", _triton_few, _reject_triton_few),
     Impl("unpacked", _unpacked, _reject_unpacked),
     Impl("onednn", _onednn, _reject_onednn),
     Impl("torch", _torch, _reject_torch),

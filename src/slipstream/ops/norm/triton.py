@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from slipstream.ops.chain import chain
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # (..., width)
@@ -17,7 +20,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tup
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _add_norm[(len(rows),)](
                 rows, more, weight, total, out, rows.stride(0), 0 if more is None else more.stride(0), rows.shape[1], eps,
-                SIZE=size, num_warps=min(8, max(1, size // 256)),
+                SIZE=size, num_warps=min(8, max(1, size // 256)), **chain(x.device),
             )  # fmt: skip
     return x if total is None else total.view(x.shape), out.view(x.shape)
 
@@ -28,9 +31,15 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _add_norm(x, delta, weight, total, out, x_stride, delta_stride, width, eps, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_norm(  # type: ignore[no-untyped-def]
+    x, delta, weight, total, out, x_stride, delta_stride, width, eps, SIZE: tl.constexpr, CHAIN: tl.constexpr
+):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     real = at < width
+    scale = tl.load(weight + at, mask=real, other=0).to(tl.float32)
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
     h = tl.load(x + row * x_stride + at, mask=real, other=0).to(tl.float32)
     if delta is not None:
         h += tl.load(delta + row * delta_stride + at, mask=real, other=0).to(tl.float32)
@@ -38,5 +47,4 @@ def _add_norm(x, delta, weight, total, out, x_stride, delta_stride, width, eps, 
         tl.store(total + row * width + at, h, mask=real)
         h = h.to(tl.float32)
     h = h / tl.sqrt_rn(tl.sum(h * h) / width + eps)
-    h *= tl.load(weight + at, mask=real, other=0).to(tl.float32)
-    tl.store(out + row * width + at, h.to(out.dtype.element_ty), mask=real)
+    tl.store(out + row * width + at, (h * scale).to(out.dtype.element_ty), mask=real)

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from slipstream.ops.chain import chain
 
 FEW = 512  # tokens, from which on tiles as small as these are slower than cuBLAS
 TILE = {"BLOCK_M": 16, "BLOCK_K": 64}
@@ -41,6 +44,7 @@ def router(
                 sums, bias, ids, weights, sums.stride(1), sums.stride(0), experts, top_k, ROUND=DTYPES[x.dtype],
                 PARTS=parts, SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first,
                 EXPERTS=triton.next_power_of_2(experts), TOP_K=triton.next_power_of_2(top_k), num_warps=1,
+                **chain(x.device),
             )  # fmt: skip
     return ids, weights
 
@@ -61,18 +65,9 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         grid = triton.cdiv(tokens, TILE["BLOCK_M"]), parts, triton.cdiv(experts, size)
         with torch.cuda.device_of(x):
             _part[grid](
-                x,
-                weight,
-                out,
-                x.stride(0),
-                weight.stride(0),
-                tokens,
-                experts,
-                hidden,
-                STEPS=steps_each,
-                BLOCK_N=size,
-                **TILE,
-            )
+                x, weight, out, x.stride(0), weight.stride(0), tokens, experts, hidden, STEPS=steps_each, BLOCK_N=size,
+                **TILE, **chain(x.device),
+            )  # fmt: skip
     return out
 
 
@@ -80,16 +75,23 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 def _part(  # type: ignore[no-untyped-def]
     x, weight, out, x_stride, w_stride, tokens, experts, hidden,
     STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     expert = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = ()  # the weights, before the tokens are there
+    for i in tl.static_range(STEPS):
+        at = (tl.program_id(1) * STEPS + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = (expert < experts)[None, :] & (at < hidden)[:, None]
+        held += (tl.load(weight + expert[None, :] * w_stride + at[:, None], mask=mask, other=0),)  # type: ignore[assignment]
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.static_range(STEPS):
         at = (tl.program_id(1) * STEPS + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         v = tl.load(x + token * x_stride + at[None, :], mask=(token < tokens) & (at < hidden)[None, :], other=0)
-        mask = (expert < experts)[None, :] & (at < hidden)[:, None]
-        w = tl.load(weight + expert[None, :] * w_stride + at[:, None], mask=mask, other=0)
-        total = tl.dot(v, w, total, input_precision="ieee")
+        total = tl.dot(v, held[i], total, input_precision="ieee")
     at = (tl.program_id(1) * tokens + token) * experts + expert[None, :]
     tl.store(out + at, total, mask=(token < tokens) & (expert < experts)[None, :])
 
@@ -98,7 +100,11 @@ def _part(  # type: ignore[no-untyped-def]
 def _router(  # type: ignore[no-untyped-def]
     logits, bias, ids, weights, stride, part_stride, experts, top_k, ROUND: tl.constexpr, PARTS: tl.constexpr,
     SOFTMAX_FIRST: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
     row, expert, slot = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS), tl.arange(0, TOP_K)
     x = tl.load(logits + row * stride + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
     for i in tl.static_range(1, PARTS):

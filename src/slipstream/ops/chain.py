@@ -1,0 +1,20 @@
+"""Kernels that start before the one before them has ended (programmatic dependent launch, on Hopper and later).
+
+A kernel of the chain says at once that the next may start, and waits (gdc_wait) for all that went before it. What it waited
+for had waited itself, so behind its wait everything earlier is done. Before it, a kernel may read only what no kernel of
+the step writes (weights, positions, page tables), and may write nothing: an earlier one may still read what stood there.
+At least one program of every kernel has to wait, or the chain is broken for those that come after it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def chain(device: torch.device) -> dict[str, bool]:
+    """Options of a launch: whether the kernel is one of the chain, which CHAIN tells the kernel itself."""
+    can = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"CHAIN": can, "launch_pdl": can}
