@@ -8,7 +8,7 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from slipstream.checkpoint.load import Load
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.checkpoint.support import check_layers, refuse_quantized
 from slipstream.config import EngineConfig, ModelConfig
-from slipstream.errors import KernelError
+from slipstream.errors import CapacityError, KernelError
 from slipstream.hardware import Hardware, find_hardware
 from slipstream.layers.mlp import MoE
 from slipstream.layers.ops import ExpertsChoice, Ops
@@ -27,6 +27,7 @@ from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
+from slipstream.plan.fit import Fit
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
 
@@ -135,22 +136,41 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     groups = home.cache_spec(config)
     held = tuple(held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
-    batched = asked.max_num_batched_tokens
-    workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
     page_size = choose_page_size(asked, groups, why)
-    max_len, num_pages = divide_pages(
-        asked,
-        groups,
-        page_size=page_size,
-        longest=config.max_position_embeddings,
-        dtype_bytes=dtype.itemsize,
-        free_bytes=hardware.free_bytes,
-        gpu=hardware.device.startswith("cuda"),
-        other_bytes=weights + workspace,
-        # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
-        bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
-        why=why,
-    )
+    gpu = hardware.device.startswith("cuda")
+
+    def divide(asked: EngineConfig, weights: int, free: int, why: dict[str, str]) -> tuple[int, tuple[int, ...], int]:
+        batched = asked.max_num_batched_tokens
+        workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
+        max_len, num_pages = divide_pages(
+            asked,
+            groups,
+            page_size=page_size,
+            longest=config.max_position_embeddings,
+            dtype_bytes=dtype.itemsize,
+            free_bytes=free,
+            gpu=gpu,
+            other_bytes=weights + workspace,
+            # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
+            bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
+            why=why,
+        )
+        return max_len, num_pages, workspace
+
+    def repacked(quantization: str) -> int:
+        other, device = replace(asked, quantization=quantization), hardware.device.split(":")[0]
+        loads = plan_loads(other, checkpoint, config, model, home, ops_table, device, {})
+        _experts_choice(other, model, ops_table, loads, hardware, dtype)
+        return sum(held_bytes(item, ops_table) for item in loads)
+
+    try:
+        max_len, num_pages, workspace = divide(asked, weights, hardware.free_bytes, why)
+    except CapacityError as e:
+        longest = config.max_position_embeddings
+        fit = Fit(
+            asked, longest, hardware.free_bytes, gpu, weights, lambda a, w, free: divide(a, w, free, {}), repacked
+        )
+        raise fit.advise(e) from None
     kv = sum(n * page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, num_pages, strict=True))
     return Plan(
         asked=asked,
@@ -168,7 +188,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         page_size=page_size,
         max_model_len=max_len,
         max_num_seqs=asked.max_num_seqs,
-        max_num_batched_tokens=batched,
+        max_num_batched_tokens=asked.max_num_batched_tokens,
         weights_bytes=weights,
         kv_bytes=kv,
         workspace_bytes=workspace,
