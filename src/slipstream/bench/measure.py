@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -111,21 +112,22 @@ class Workload:
 
 
 def decode(work: Workload, batch: int, output_len: int, repeats: int) -> list[float]:
-    """Tokens a second: batch * output_len / (time for output_len + 1 new tokens - time for 1)."""
+    """Tokens a second: batch * output_len / (time for output_len + 1 new tokens - median time for 1)."""
     work.tell(f"batch {batch}: checking")
     work.check(batch, min(output_len + 1, 32))
     work.tell(f"batch {batch}: warming up")
     work.run(batch, output_len + 1)
-    rates = []
+    long, short = [], []
     for i in range(repeats):
         work.tell(f"batch {batch}: run {i + 1} of {repeats}")
-        seconds = work.run(batch, output_len + 1).seconds - work.run(batch, 1).seconds
-        if seconds <= 0:
-            raise SlipstreamError(
-                f"output_len: {output_len + 1} tokens took no longer than 1, so the clock is too coarse for this; take more"
-            )
-        rates.append(batch * output_len / seconds)
-    return rates
+        long.append(work.run(batch, output_len + 1).seconds)
+        short.append(work.run(batch, 1).seconds)
+    prompts = statistics.median(short)
+    if min(long) <= prompts:
+        raise SlipstreamError(
+            f"output_len: {output_len + 1} tokens took no longer than 1, so the clock is too coarse for this; take more"
+        )
+    return [batch * output_len / (seconds - prompts) for seconds in long]
 
 
 def prefill(work: Workload, repeats: int) -> list[float]:
