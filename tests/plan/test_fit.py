@@ -22,6 +22,7 @@ LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
 }  # fmt: skip
+SIZED = EngineConfig(max_num_seqs=64, max_num_batched_tokens=2048)
 Planner = Callable[..., Plan]
 
 
@@ -141,7 +142,7 @@ def test_a_card_may_be_used_for_the_most_part(plan: Planner, monkeypatch: pytest
     def repacked(_: str) -> int:
         return 95
 
-    said = str(Fit(EngineConfig(), 512, 100, True, 95, divide, repacked).advise(CapacityError("too large")))
+    said = str(Fit(SIZED, 512, 100, True, 95, divide, repacked).advise(CapacityError("too large")))
     assert ways(said) == [{"gpu_memory_utilization": 0.95}] and said.startswith("too large; 6 bytes more")
-    said = str(Fit(EngineConfig(), 512, 100, True, 99, divide, lambda _: 99).advise(CapacityError("too large")))
+    said = str(Fit(SIZED, 512, 100, True, 99, divide, lambda _: 99).advise(CapacityError("too large")))
     assert "gpu_memory_utilization" not in said and "no option makes it fit" in said

@@ -21,6 +21,7 @@ from slipstream.plan import Plan, make_plan
 from slipstream.sources import resolve
 
 STEP = 8192  # tokens of the largest step that a benchmark asks for by itself
+LEAST_SEQS, LEAST_TOKENS = 64, 2048  # what the plan takes on any machine
 GB = 1e9
 Measured = tuple[list[float], dict[str, float]]  # values, and what else is known
 
@@ -240,13 +241,11 @@ def settle(
         RequestError: the model has not so many positions.
         ConfigError: what the user set does not let a case be what it says.
     """
-    plain = asdict(EngineConfig())
+    step = min(STEP, max(c.seqs * c.input_len for c in cases))
     wanted = {
         "max_model_len": max(c.input_len + c.new for c in cases),
-        "max_num_seqs": max(plain["max_num_seqs"], *(c.seqs for c in cases)),
-        "max_num_batched_tokens": max(
-            plain["max_num_batched_tokens"], *(min(c.seqs * c.input_len, STEP) for c in cases)
-        ),
+        "max_num_seqs": max(LEAST_SEQS, *(c.seqs for c in cases)),
+        "max_num_batched_tokens": max(LEAST_TOKENS, step),
         "enable_prefix_caching": False,
     }
     for case in cases:
@@ -260,7 +259,8 @@ def settle(
                 raise ConfigError(
                     f"{option}: {given[option]} is less than the {need} that are to be measured; leave it out"
                 )
-    chosen = {name: value for name, value in wanted.items() if name not in given and value != plain[name]}
+    planned = {"max_num_seqs": LEAST_SEQS, "max_num_batched_tokens": LEAST_TOKENS}
+    chosen = {name: value for name, value in wanted.items() if name not in given and value != planned.get(name)}
     return {**given, **chosen}, chosen
 
 

@@ -13,7 +13,7 @@ from slipstream.ops.formats import MADE
 
 USABLE = 2048  # tokens of the request that is to fit where no length was asked for
 MOST_SHARE = 97  # hundredths of the free memory: a card's runtime takes some that is in no plan
-LEAST_TOKENS, LEAST_SEQS = 256, 8  # smaller steps are not advised
+STEPS = {"max_num_batched_tokens": 256, "max_num_seqs": 8}  # smaller steps are not advised
 ANY = 1 << 60  # bytes
 
 
@@ -22,7 +22,7 @@ class Fit:
     """How to ask whether something fits.
 
     Attributes:
-        asked: what does not.
+        asked: what does not; sizes of steps are never None.
         longest: positions that the model was made for.
         free_bytes: on the device.
         gpu: whether it is one.
@@ -82,8 +82,8 @@ class Fit:
         for format, size in self._formats():
             if self._fits(size):
                 yield self._format_text(format, size)
-        yield from self._first("max_num_batched_tokens", _halves(asked.max_num_batched_tokens, LEAST_TOKENS))
-        yield from self._first("max_num_seqs", _halves(asked.max_num_seqs, LEAST_SEQS))
+        for name, least in STEPS.items():
+            yield from self._first(name, _halves(getattr(asked, name), least))
         if (given := asked.kv_cache_memory_bytes) is not None:
             powers = [1 << n for n in range(10, 50)]
             nearest = [*(n for n in powers if n > given), *(n for n in reversed(powers) if n < given)]
@@ -106,11 +106,7 @@ class Fit:
 
     def _last_resort(self) -> str:
         """All that makes it smaller, together."""
-        asked = self.asked
-        small = {
-            "max_num_batched_tokens": min(asked.max_num_batched_tokens, LEAST_TOKENS),
-            "max_num_seqs": min(asked.max_num_seqs, LEAST_SEQS),
-        }
+        small = {name: min(getattr(self.asked, name), least) for name, least in STEPS.items()}
         words = [f"{name}={value}" for name, value in small.items()]
         format, size = min(self._formats(), key=lambda f: f[1], default=(None, self.weights))
         if format is not None:
