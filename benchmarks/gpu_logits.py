@@ -98,7 +98,12 @@ def main() -> None:
     if not (error < MOST_ERROR and top1 >= LEAST_TOP1):
         raise SystemExit("the logits are not those of transformers")
     if asked.size != "tiny":
-        more = {"versions": ("torch", "transformers"), "choices": choices, "gpu": torch.cuda.get_device_name(), "tokens": len(tokens)}
+        more = {
+            "versions": ("torch", "transformers"),
+            "choices": choices,
+            "gpu": torch.cuda.get_device_name(),
+            "tokens": len(tokens),
+        }
         record("gpu.logits.20b", error, "relative error", limit=MOST_ERROR, **more)
         record("gpu.top1.20b", top1, "agreement", limit=LEAST_TOP1, median_lead_in_std=round(lead, 2), **more)
 
