@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -49,17 +51,9 @@ class Transformers:
         import transformers
 
         transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        auto = transformers.AutoModelForCausalLM
         try:
-            if plan.asked.weights == "random":
-                with torch.device(plan.device):
-                    config = transformers.AutoConfig.from_pretrained(path)
-                    return auto.from_config(config, dtype=plan.dtype)
-            files = {} if path.is_dir() else {"gguf_file": path.name}
-            folder = path if path.is_dir() else path.parent
-            model: Any = auto.from_pretrained(folder, dtype=plan.dtype, **files)
-            return model.to(plan.device)
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars, which it draws into pipes too
+                return _made(transformers, path, plan)
         except torch.OutOfMemoryError as e:
             raise CapacityError(f"transformers does not fit this model into memory: {e}") from e
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as e:
@@ -87,6 +81,15 @@ class Transformers:
             raise CapacityError(f"transformers has no memory for {len(prompts)} prompts together: {e}") from e
         wait(self.device)
         return Answers(time.perf_counter() - start, out[:, ids.shape[1] :].tolist())
+
+
+def _made(transformers: Any, path: Path, plan: Plan) -> Any:
+    auto = transformers.AutoModelForCausalLM
+    if plan.asked.weights == "random":
+        with torch.device(plan.device):
+            return auto.from_config(transformers.AutoConfig.from_pretrained(path), dtype=plan.dtype)
+    folder, files = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+    return auto.from_pretrained(folder, dtype=plan.dtype, **files).to(plan.device)
 
 
 def installed() -> str:
