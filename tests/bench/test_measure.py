@@ -34,7 +34,7 @@ class Clockwork:
 
 
 def workload(subject: Clockwork, input_len: int = 7) -> Workload:
-    return Workload(subject, input_len, lambda _: None)
+    return Workload(subject, input_len)
 
 
 def test_decoding_is_the_time_after_the_first_token() -> None:

@@ -31,7 +31,7 @@ class Answers:
     Attributes:
         seconds: from the first request to the end of the last answer.
         tokens: of each answer.
-        moments: for each answer, when its tokens came, in seconds since the start; () where that is not known.
+        moments: for each answer, when its tokens came, in seconds since the start; [] where that is not known.
     """
 
     seconds: float
@@ -90,7 +90,7 @@ class Workload:
 
     subject: Subject
     input_len: int
-    tell: Tell = print
+    tell: Tell = lambda _: None
     source: random.Random = field(default_factory=lambda: random.Random(0))
 
     def prompts(self, count: int) -> Prompts:

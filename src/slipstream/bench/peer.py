@@ -92,17 +92,12 @@ def _made(transformers: Any, path: Path, plan: Plan) -> Any:
     return auto.from_pretrained(folder, dtype=plan.dtype, **files).to(plan.device)
 
 
-def installed() -> str:
-    """The version of transformers.
-
-    Raises:
-        ConfigError: there is none.
-    """
+def installed() -> None:
+    """Raises ConfigError if there is no transformers."""
     try:
-        import transformers
+        import transformers  # noqa: F401
     except ImportError as e:
         raise ConfigError("against: transformers is not installed here; pip install transformers") from e
-    return str(transformers.__version__)
 
 
 def release(device: torch.device) -> None:
