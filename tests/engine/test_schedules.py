@@ -51,16 +51,17 @@ class Model:
     asked: list[Asked]
     longest: int
     groups: tuple[CacheGroup, ...]
+    device: str = "cpu"
 
 
-def ask(path: Path, *, count: int, vocab: int, prompt: int, new: int) -> Model:
+def ask(path: Path, *, count: int, vocab: int, prompt: int, new: int, device: str = "cpu") -> Model:
     """Prompts of mixed lengths: some begin alike, some are made of the same pieces in another order."""
     rng = random.Random(7)
 
     def draw(n: int) -> list[int]:
         return [rng.randrange(6, vocab) for _ in range(n)]
 
-    llm = LLM(path, dtype="float32", max_model_len=prompt + new, enable_prefix_caching=False)
+    llm = LLM(path, device=device, dtype="float32", max_model_len=prompt + new, enable_prefix_caching=False)
     stem, pieces = draw(prompt), [draw(8) for _ in range(3)]
     made: list[Asked] = []
     while len(made) < count:
@@ -76,7 +77,7 @@ def ask(path: Path, *, count: int, vocab: int, prompt: int, new: int) -> Model:
             made.append(Asked(tokens, params, [c.token_ids for c in output.outputs]))
     answers = [tuple(t) for a in made for t in a.tokens]
     assert len(set(answers)) > 0.8 * len(answers), "random weights could as well repeat one token"
-    return Model(path, made, prompt + new, llm.plan.groups)
+    return Model(path, made, prompt + new, llm.plan.groups, device)
 
 
 def pressed(model: Model, rng: random.Random) -> LLM:
@@ -85,6 +86,7 @@ def pressed(model: Model, rng: random.Random) -> LLM:
     one = sum(g.max_pages(model.longest, chunk, size) * size * g.bytes_per_token(4) for g in model.groups)
     return LLM(
         model.path,
+        device=model.device,
         dtype="float32",
         max_model_len=model.longest,
         page_size=size,
