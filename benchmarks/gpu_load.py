@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -50,52 +49,6 @@ def drop(folder: Path) -> None:
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
-
-
-def read_rate(folder: Path, threads: int, block: int) -> float:
-    """Bytes a second that as many threads read from the files, into memory that stays in the cache of the processor."""
-    files = sorted(folder.glob("*.safetensors"))
-    work = iter([(f, at) for f in files for at in range(0, f.stat().st_size, block)])
-    opened = {f: os.open(f, os.O_RDONLY) for f in files}
-    lock = threading.Lock()
-
-    def read() -> None:
-        view = memoryview(bytearray(block))
-        while True:
-            with lock:
-                todo = next(work, None)
-            if todo is None:
-                return
-            os.preadv(opened[todo[0]], [view], todo[1])
-
-    start = time.perf_counter()
-    pool = [threading.Thread(target=read) for _ in range(threads)]
-    for t in pool:
-        t.start()
-    for t in pool:
-        t.join()
-    took = time.perf_counter() - start
-    for fd in opened.values():
-        os.close(fd)
-    return sum(f.stat().st_size for f in files) / took
-
-
-def copy_rate(device: str) -> float:
-    """Bytes a second from pinned memory to the card."""
-    import torch
-
-    if not device.startswith("cuda"):
-        return float("inf")
-    here = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    rates = []
-    for _ in range(4):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        there.copy_(here, non_blocking=True)
-        torch.cuda.synchronize()
-        rates.append(here.nbytes / (time.perf_counter() - start))
-    return max(rates)
 
 
 def child(folder: Path, device: str, check: bool) -> None:
@@ -203,10 +156,12 @@ def main() -> None:
     try:
         write(folder, asked.size, asked.device)
         write_tokenizer(folder, config(asked.size)["vocab_size"])
+        from slipstream.bench.start import copy_rate, read_rate
         from slipstream.checkpoint.transfer import BLOCK, READERS
 
+        files = sorted(folder.glob("*.safetensors"))
         runs = [load_once(folder, asked.device, check=i == 0) for i in range(RUNS)]
-        read = max(read_rate(folder, READERS, BLOCK) for _ in range(RUNS))
+        read = max(read_rate(files, READERS, BLOCK) for _ in range(RUNS))
         copy = copy_rate(asked.device)
         size, took = runs[0]["bytes"], statistics.median(r["load_s"] for r in runs)
         more: dict[str, Any] = {
@@ -216,12 +171,12 @@ def main() -> None:
         more |= {"read_gb_s": round(read / GB, 1), "copy_gb_s": round(copy / GB, 1), "file_gb": round(size / GB, 3)}
         if asked.cold:
             drop(folder)
-            cold = read_rate(folder, READERS, BLOCK)
+            cold = read_rate(files, READERS, BLOCK)
             drop(folder)
             more |= {
                 "cold_s": round(load_once(folder, asked.device)["load_s"], 3), "cold_read_gb_s": round(cold / GB, 2)
             }  # fmt: skip
-            read_rate(folder, READERS, BLOCK)
+            read_rate(files, READERS, BLOCK)
         limit = min(read, copy)
         print({"gb_s": size / took / GB, "of_limit": size / took / limit, **more}, flush=True)
         recorded = asked.size != "tiny"
@@ -229,14 +184,14 @@ def main() -> None:
         if recorded:
             import torch
 
-            more["gpu"] = torch.cuda.get_device_name()
-            record("gpu.load", size / took / GB, "GB/s", limit=round(limit / GB, 1), versions=packages, choices=choices,
+            card = torch.cuda.get_device_name()
+            record("gpu.load", size / took / GB, "GB/s", limit=round(limit / GB, 1), versions=packages, choices=choices, machine=card,
                    fraction=round(size / took / limit, 3), **more)  # fmt: skip
         tokens = [first_token(folder, asked.device) for _ in range(RUNS)]
         print({"first_token_s": tokens})
         if recorded:
             record("gpu.first_token", statistics.median(tokens), "s", limit=round(size / limit, 2), versions=packages,
-                   choices=choices, gpu=more["gpu"], runs=[round(t, 2) for t in tokens])  # fmt: skip
+                   choices=choices, machine=card, runs=[round(t, 2) for t in tokens])  # fmt: skip
     finally:
         shutil.rmtree(folder)
 

@@ -24,40 +24,22 @@ from record import record
 from safetensors.torch import save_file
 
 GIB = 2**30
-SIZES = {
-    "20b": {"num_hidden_layers": 24, "num_local_experts": 32},
-    "120b": {"num_hidden_layers": 36, "num_local_experts": 128},
-    "tiny": {
-        "num_hidden_layers": 2, "num_local_experts": 4, "hidden_size": 320, "intermediate_size": 96, "vocab_size": 999,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "eos_token_id": 5, "pad_token_id": 6,
-    },
+SIZES = ("20b", "120b", "tiny")
+TINY = {
+    "num_hidden_layers": 2, "num_local_experts": 4, "hidden_size": 320, "intermediate_size": 96, "vocab_size": 999,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "eos_token_id": 5, "pad_token_id": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 FILE_GIB = {"20b": 12.82, "120b": None, "tiny": None}
 MOST_GIB = {"20b": 13.1, "120b": 61.5, "tiny": 1.0}
 
 
 def config(size: str) -> dict[str, Any]:
-    """The config.json that OpenAI publishes, but for what `size` changes."""
-    common: dict[str, Any] = {
-        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088, "sliding_window": 128,
-        "num_experts_per_tok": 4, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "attention_bias": True,
-        "hidden_act": "silu", "swiglu_limit": 7.0, "rope_theta": 150000, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "eos_token_id": 200002, "pad_token_id": 199999,
-        "rope_scaling": {
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-            "original_max_position_embeddings": 4096,
-        },
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
-            ],
-        },
-    }  # fmt: skip
-    made = {**common, **SIZES[size]}
-    made["layer_types"] = ["sliding_attention", "full_attention"] * (made["num_hidden_layers"] // 2)
-    return made
+    """The config.json that OpenAI publishes; for `tiny` with small numbers in it."""
+    from slipstream.sources import shapes
+
+    published = shapes.folder("gpt-oss-120b" if size == "120b" else "gpt-oss-20b") / "config.json"
+    return json.loads(published.read_text()) | (TINY if size == "tiny" else {})
 
 
 def write(folder: Path, size: str, device: str) -> int:
@@ -195,7 +177,7 @@ def main() -> None:
         if asked.size != "tiny":
             name = torch.cuda.get_device_name() if cuda else "cpu"
             record(f"gpu.weights_gib.{asked.size}", held / GIB, "GiB", limit=FILE_GIB[asked.size] or result["file_gib"],
-                   versions=("torch", "triton"), choices={c.op: c.name for c in plan.choices}, gpu=name, **result)  # fmt: skip
+                   versions=("torch", "triton"), choices={c.op: c.name for c in plan.choices}, machine=name, **result)  # fmt: skip
     finally:
         shutil.rmtree(folder)
 

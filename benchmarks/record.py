@@ -27,6 +27,7 @@ def record(
     versions: tuple[str, ...] = (),
     choices: dict[str, str] | None = None,
     family: str | None = None,
+    machine: str | None = None,
     **more: Any,
 ) -> None:
     """Append the claim to its family's file.
@@ -39,6 +40,7 @@ def record(
         versions: packages whose versions matter, beside slipstream and Python.
         choices: the implementations that ran.
         family: the file's name, if it is not the first part of the claim's (`gpu.decode.b1` -> gpu.jsonl).
+        machine: the card, where one is used; else it is the processor.
     """
     packages = ("slipstream", *versions)
     line = {
@@ -48,7 +50,7 @@ def record(
         "limit": limit,
         "baseline": baseline or {},
         "ratio": None if ratio is None else round(ratio, 3),
-        "machine": _machine(),
+        "machine": machine or _machine(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "choices": choices or {},
         **more,

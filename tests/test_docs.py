@@ -125,7 +125,9 @@ def test_architectures() -> None:
 
 def test_every_command_is_shown() -> None:
     shown = set(re.findall(r"slipstream (\w+)", "".join(BASH)))
-    assert shown == {"generate", "chat", "batch", "pull", "inspect", "explain", "models", "quantize"}
+    measured = set(re.findall(r"slipstream bench (\w+)", "".join(BASH)))
+    assert measured == {"decode", "prefill", "serve", "load"}
+    assert shown == {"generate", "chat", "batch", "pull", "inspect", "explain", "models", "quantize", "bench"}
 
 
 # -- names of files and of what is in them -----------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_the_default_length_shrinks_and_says_so(hybrid: Path) -> None:
 
 
 def test_bytes_for_not_even_two_tokens(hybrid: Path) -> None:
-    with pytest.raises(CapacityError, match="10 bytes"):
+    with pytest.raises(CapacityError, match="10 bytes for keys and values hold no two tokens"):
         plan(hybrid, kv_cache_memory_bytes=10)
 
 

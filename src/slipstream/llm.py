@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, overload
@@ -66,7 +67,9 @@ class LLM:
         self.plan = make_plan(asked, checkpoint, self.model_config)
         with ThreadPoolExecutor(1) as beside:  # reading weights leaves the interpreter free
             building = beside.submit(_tokenizer, checkpoint)
+            began = time.perf_counter()
             load(self.plan.model, self.plan.loads, checkpoint, self.plan.device, progress)
+            self.load_seconds = time.perf_counter() - began
             self.tokenizer = building.result()
         self.default_params = _default_params(checkpoint.generation_config)
         eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)

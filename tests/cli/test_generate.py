@@ -100,10 +100,11 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
         --attn-implementation sdpa --linear-implementation torch --num-threads 1 --no-enable-prefix-caching
         --scheduling-policy priority --batch-invariant --weights random --enforce-eager --no-async-scheduling
         --moe-implementation loop""")
-    for command in (["generate", model, "x"], ["chat", model], ["explain", model]):
+    bench = ["--batch-size", 3, "--input-len", 9, "--output-len", 9]
+    for command in (["generate", model, "x"], ["chat", model], ["explain", model], ["bench", "decode", model, *bench]):
         with pytest.raises(ZeroDivisionError):  # a bug of ours is not dressed up as a mistake of the user
             slipstream(*command, *words)
-    assert seen == [given] * 3
+    assert seen == [given] * 4
 
 
 @pytest.mark.parametrize(

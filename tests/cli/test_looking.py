@@ -116,6 +116,7 @@ def test_models_lists_names_pulled_models_and_architectures(
         ("org/name", 7, str(folder)),
         ("org/name@v2:x.gguf", 7, str(folder / "x.gguf")),
     ]
+    assert got["shapes"]["gpt-oss-20b"] == "openai/gpt-oss-20b"
     assert {"llama", "gpt_oss", "gemma3_text"} <= set(got["architectures"])
     out = slipstream("models").out
     assert "not pulled yet" in out and "org/name@v2:x.gguf" in out and "gpt_oss" in out

@@ -37,7 +37,7 @@ from tests.cli.tiny import write_chat_model
         ("generate MODEL x --reasoning-effort low", 2, "--reasoning-effort: is part of a chat"),
         ("generate MODEL x --chat --reasoning-effort low", 2, "--reasoning-effort: this model's chat template has no"),
         ("generate MODEL x --kv-cache-memory-bytes 2Q", 2, "'2Q' is not a size"),
-        ("generate MODEL x --kv-cache-memory-bytes 1KiB", 5, "raise kv_cache_memory_bytes"),
+        ("generate MODEL x --kv-cache-memory-bytes 1KiB", 5, "what would do: kv_cache_memory_bytes="),
         ("generate MODEL x --max-model-len 100000", 2, "--max-model-len: 100000 is more than the 2048 positions"),
         ("generate MODEL abcdefgh --max-model-len 4", 2, "prompt: 9 tokens leave no room for an answer"),
         ("generate MODEL x --deadline 0", 2, "--deadline: must be a number above 0"),

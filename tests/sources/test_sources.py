@@ -147,3 +147,17 @@ def test_no_pickle_is_hashed_as_a_model(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match="holds no model"):
         pull(tmp_path)
+
+
+def test_shapes_are_known_where_weights_are_not_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gpt-oss-20b", "GPT-OSS-120B", "llama-3.1-8b", "qwen3-30b-a3b"):
+        folder = resolve(name, weights=False)
+        assert folder.name == name.lower() and [p.name for p in folder.iterdir()] == ["config.json"]
+        for ask in (resolve, pull):
+            with pytest.raises(
+                CheckpointError, match=f"{name}: only the shapes .*--weights random.*; the whole of it is "
+            ):
+                ask(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt-oss-20b").mkdir()
+    assert resolve("gpt-oss-20b", weights=False) == Path("gpt-oss-20b")  # a path goes before a name here too

@@ -96,11 +96,11 @@ def divide_pages(
         if asked.max_model_len is not None:
             raise CapacityError(
                 f"one request of max_model_len={longest} tokens needs {size_text(one(longest))} for keys and values, "
-                f"but {size_text(budget)} are left for them; lower max_model_len or raise kv_cache_memory_bytes"
+                f"but {size_text(budget)} are left for them"
             )
         fits = _largest(longest, lambda length: one(length) <= budget)
         if fits < 2:
-            raise CapacityError(f"{budget} bytes for keys and values hold no two tokens; raise kv_cache_memory_bytes")
+            raise CapacityError(f"{size_text(budget)} for keys and values hold no two tokens")
         why["max_model_len"] = (
             f"{fits} tokens are what {size_text(budget)} of keys and values hold, not the model's {longest}"
         )
@@ -121,7 +121,7 @@ def divide_pages(
     if cost(pages) + other_bytes > free_bytes:
         raise CapacityError(
             f"{size_text(cost(pages))} of keys and values do not fit beside the {size_text(other_bytes)} of weights and "
-            f"workspace: {size_text(free_bytes)} are free; lower kv_cache_memory_bytes, or take a smaller or quantized model"
+            f"workspace: {size_text(free_bytes)} are free"
         )
     if pages == most and asked.kv_cache_memory_bytes is not None:
         why["kv_cache"] = f"{size_text(cost(pages))} are all that max_num_seqs requests can use of what was asked for"
@@ -138,9 +138,8 @@ def _budget(asked: EngineConfig, one: int, free_bytes: int, gpu: bool, other_byt
     budget = int(free_bytes * share) - other_bytes
     if budget <= 0:
         raise CapacityError(
-            f"the model does not fit: weights and workspace take {size_text(other_bytes)} of the "
-            f"{size_text(free_bytes * share)} that may be used ({share:.0%} of {size_text(free_bytes)} free), which leaves "
-            "nothing for keys and values; free memory, or take a smaller or quantized model"
+            f"the model does not fit: weights and workspace take {size_text(other_bytes)}, {size_text(-budget)} more than the "
+            f"{size_text(free_bytes * share)} that may be used ({share:.0%} of {size_text(free_bytes)} free)"
         )
     if not gpu and budget > max(CPU_KV_BYTES, one):
         why["kv_cache"] = (

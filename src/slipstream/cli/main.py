@@ -9,12 +9,14 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from slipstream import __version__
+from slipstream.cli import bench
 from slipstream.cli.batch import batch
 from slipstream.cli.chat import chat
 from slipstream.cli.explain import explain
@@ -47,17 +49,23 @@ class _Command(TyperCommand):
 
 def build() -> typer.Typer:
     """The commands. Help is set with rich on a terminal alone, as loading rich takes longer than all the rest."""
-    app = typer.Typer(
-        help="Run open-weight language models.",
+    app, measuring = _group("Run open-weight language models.", _COMMANDS), _group(bench.HELP, bench.COMMANDS)
+    app.callback(invoke_without_command=True)(_program)
+    app.add_typer(measuring, name="bench")
+    return app
+
+
+def _group(help: str, commands: Sequence[Callable[..., None]]) -> typer.Typer:
+    group = typer.Typer(
+        help=help,
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich" if sys.stdout.isatty() else None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback(invoke_without_command=True)(_program)
-    for command in _COMMANDS:
-        app.command(cls=_Command)(command)
-    return app
+    for command in commands:
+        group.command(cls=_Command)(command)
+    return group
 
 
 def _show_version(wanted: bool) -> None:

@@ -16,6 +16,7 @@ def models(as_json: AsJson = False) -> None:
     from slipstream.models import ARCHITECTURES
     from slipstream.sources import known_models
     from slipstream.sources.hub import all_recorded
+    from slipstream.sources.shapes import SHAPES
     from slipstream.sources.wheel import is_whole
 
     named: list[dict[str, Any]] = [
@@ -27,7 +28,8 @@ def models(as_json: AsJson = False) -> None:
         for model, record in all_recorded()
     ]
     if as_json:
-        print_json({"models": named, "pulled_from_hub": pulled, "architectures": sorted(ARCHITECTURES)})
+        known = {"models": named, "pulled_from_hub": pulled, "shapes": SHAPES, "architectures": sorted(ARCHITECTURES)}
+        print_json(known)
         return
     tables = [
         Table(
@@ -42,6 +44,9 @@ def models(as_json: AsJson = False) -> None:
     if pulled:
         rows = [(str(m["name"]), size(m["bytes"]), str(m["path"])) for m in pulled]
         tables.append(Table("Pulled from the Hugging Face Hub", rows, ("name", "size", "where")))
+    tables.append(
+        Table("Shapes for --weights random, without a download", list(SHAPES.items()), ("name", "the whole model"))
+    )
     title = "Architectures: a Hub id, a folder or a .gguf file of one of these runs"
     tables.append(Table(title, [(", ".join(sorted(ARCHITECTURES)),)]))
     print_tables(tables)

@@ -9,7 +9,7 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from slipstream.checkpoint.load import Load
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.checkpoint.support import check_layers, refuse_quantized
 from slipstream.config import EngineConfig, ModelConfig
-from slipstream.errors import KernelError
+from slipstream.errors import CapacityError, KernelError
 from slipstream.hardware import Hardware, find_hardware
 from slipstream.layers.mlp import MoE
 from slipstream.layers.ops import ExpertsChoice, Ops
@@ -28,6 +28,7 @@ from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
+from slipstream.plan.fit import Fit
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
 
@@ -113,6 +114,18 @@ class Plan:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """How it is divided."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_pages: tuple[int, ...]
+    workspace_bytes: int
+    graphs_bytes: int
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -145,27 +158,48 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     groups = home.cache_spec(config)
     held = tuple(held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
-    sequences, batched = _sizes(asked, hardware, why)
-    workspace = _workspace_bytes(config, batched, sequences, dtype)
     page_size = choose_page_size(asked, groups, why)
     graphs = _cuda_graphs(asked, hardware, choices, why)
-    graphs_bytes = _graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
-    max_len, num_pages = divide_pages(
-        asked,
-        groups,
-        page_size=page_size,
-        sequences=sequences,
-        chunk=batched,
-        longest=config.max_position_embeddings,
-        dtype_bytes=dtype.itemsize,
-        free_bytes=hardware.free_bytes,
-        gpu=hardware.device.startswith("cuda"),
-        other_bytes=weights + workspace + graphs_bytes,
-        # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
-        bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
-        why=why,
-    )
-    kv = sum(n * page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, num_pages, strict=True))
+    gpu = hardware.device.startswith("cuda")
+
+    def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
+        sequences, batched = _sizes(asked, hardware, why)
+        workspace = _workspace_bytes(config, batched, sequences, dtype)
+        graphs_bytes = _graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        max_len, num_pages = divide_pages(
+            asked,
+            groups,
+            page_size=page_size,
+            sequences=sequences,
+            chunk=batched,
+            longest=config.max_position_embeddings,
+            dtype_bytes=dtype.itemsize,
+            free_bytes=free_bytes,
+            gpu=gpu,
+            other_bytes=weights + workspace + graphs_bytes,
+            # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
+            bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
+            why=why,
+        )
+        return _Memory(sequences, batched, max_len, num_pages, workspace, graphs_bytes)
+
+    def repacked(quantization: str) -> int:
+        other, device = replace(asked, quantization=quantization), hardware.device.split(":")[0]
+        loads = plan_loads(other, checkpoint, config, model, home, ops_table, device, {})
+        _experts_choice(other, model, ops_table, loads, hardware, dtype)
+        return sum(held_bytes(item, ops_table) for item in loads)
+
+    try:
+        memory = divide(asked, weights, hardware.free_bytes, why)
+    except CapacityError as e:
+        sequences, batched = _sizes(asked, hardware, {})
+        sized = replace(asked, max_num_seqs=sequences, max_num_batched_tokens=batched)
+        longest = config.max_position_embeddings
+        fit = Fit(
+            sized, longest, hardware.free_bytes, gpu, weights, lambda a, w, free: divide(a, w, free, {}), repacked
+        )
+        raise fit.advise(e) from None
+    kv = sum(n * page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, memory.num_pages, strict=True))
     return Plan(
         asked=asked,
         model_config=config,
@@ -178,15 +212,15 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         loads=loads,
         held=held,
         groups=groups,
-        num_pages=num_pages,
+        num_pages=memory.num_pages,
         page_size=page_size,
-        max_model_len=max_len,
-        max_num_seqs=sequences,
-        max_num_batched_tokens=batched,
+        max_model_len=memory.max_model_len,
+        max_num_seqs=memory.max_num_seqs,
+        max_num_batched_tokens=memory.max_num_batched_tokens,
         weights_bytes=weights,
         kv_bytes=kv,
-        workspace_bytes=workspace,
-        graphs_bytes=graphs_bytes,
+        workspace_bytes=memory.workspace_bytes,
+        graphs_bytes=memory.graphs_bytes,
         cuda_graphs=graphs,
         async_scheduling=_async_scheduling(asked, hardware, why),
         why=why,

