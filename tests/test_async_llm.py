@@ -226,7 +226,7 @@ def test_one_consumer_that_fails_disturbs_no_other(llm: LLM) -> None:
 
 
 def test_a_pass_that_fails_ends_those_in_it_and_the_thread_goes_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, calls = llm.engine.runner.run, 0
+    run, calls = llm.engine.runner.launch, 0
 
     def fail(step: Any) -> Any:
         nonlocal calls
@@ -235,7 +235,7 @@ def test_a_pass_that_fails_ends_those_in_it_and_the_thread_goes_on(llm: LLM, mon
             raise RuntimeError("a cosmic ray")
         return run(step)
 
-    monkeypatch.setattr(llm.engine.runner, "run", fail)
+    monkeypatch.setattr(llm.engine.runner, "launch", fail)
 
     async def main() -> None:
         async with AsyncLLM(llm) as allm:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from slipstream import LLM, CheckpointError, RequestError, SamplingParams
 from slipstream.conversation import ChatDelta, ChatOutput
-from slipstream.engine.runner import StepResult
+from slipstream.engine.runner import Flight, StepResult
 from slipstream.harmony import ToolCall
 from slipstream.request import Step
 from tests.cli.tiny import TEMPLATE, write_chat_model
@@ -46,16 +47,20 @@ def says(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Script:
         waiting: Iterator[list[int]] = iter(encoded)
         under_way: dict[int, Iterator[int]] = {}
 
-        def run(step: Step) -> StepResult:
+        def launch(step: Step) -> Flight:
+            return Flight(step, frozenset(), torch.empty(0), plain=False)
+
+        def finish(flight: Flight) -> StepResult:
             tokens: dict[int, int | None] = {}
-            for chunk in step.chunks:
+            for chunk in flight.step.chunks:
                 if chunk.sample:
                     if chunk.sequence not in under_way:
                         under_way[chunk.sequence] = iter(next(waiting))
                     tokens[chunk.sequence] = next(under_way[chunk.sequence])
             return StepResult(tokens)
 
-        monkeypatch.setattr(llm.engine.runner, "run", run)
+        monkeypatch.setattr(llm.engine.runner, "launch", launch)
+        monkeypatch.setattr(llm.engine.runner, "finish", finish)
 
     return script
 

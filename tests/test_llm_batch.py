@@ -132,7 +132,7 @@ def test_what_the_cache_could_never_hold_ends_alone(llm: LLM, monkeypatch: pytes
 
 
 def test_a_pass_that_fails_ends_those_in_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, calls = llm.engine.runner.run, 0
+    run, calls = llm.engine.runner.launch, 0
 
     def fail(step: Any) -> Any:
         nonlocal calls
@@ -142,7 +142,7 @@ def test_a_pass_that_fails_ends_those_in_it(llm: LLM, monkeypatch: pytest.Monkey
         return run(step)
 
     alone = [llm.generate([p], GREEDY)[0].text for p in prompts_of(6)]
-    monkeypatch.setattr(llm.engine.runner, "run", fail)
+    monkeypatch.setattr(llm.engine.runner, "launch", fail)
     outputs = list(llm.generate_batch(prompts_of(6), GREEDY))
     assert [o.outputs[0].finish_reason for o in outputs] == ["error"] * 3 + ["length"] * 3
     assert outputs[0].outputs[0].error == "RuntimeError: a cosmic ray"
@@ -175,7 +175,7 @@ def test_left_early_nothing_stays(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
     assert (now.running, now.waiting) == (0, 0) and now.finished["abort"] > aborted
     assert list(results) == []
 
-    run, calls = llm.engine.runner.run, 0
+    run, calls = llm.engine.runner.launch, 0
 
     def interrupt(step: Any) -> Any:
         nonlocal calls
@@ -184,7 +184,7 @@ def test_left_early_nothing_stays(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
             raise KeyboardInterrupt
         return run(step)
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupt)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(llm.generate_batch(prompts_of(30), GREEDY))
     assert llm.snapshot().waiting == 0

@@ -17,7 +17,7 @@ from slipstream.cache.pages import Chain, PagePool, Pages
 from slipstream.cache.spec import CacheGroup, group_layers
 from slipstream.config import ModelConfig
 from slipstream.errors import CapacityError, RequestError
-from slipstream.request import SamplingParams, Step
+from slipstream.request import UNKNOWN, SamplingParams, Step
 from slipstream.scheduler import SCORED_TOKENS, Scheduler
 from slipstream.sequence import TURNS, Sequence
 
@@ -50,14 +50,16 @@ def alone(seq: Sequence) -> tuple[list[int], str, int | str | None]:
 
 @dataclass
 class Model:
-    """Runs steps on a cache of plain integers and checks every one of them."""
+    """Runs steps on a cache of plain integers and checks every one of them. It has its own tokens, as a device has."""
 
     scheduler: Scheduler
     slots: list[dict[int, int]] = field(default_factory=list)  # slot -> hash of the salt and all tokens up to there
     salts: dict[int, str] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
     forgotten: set[int] = field(default_factory=set)
+    sampled: set[int] = field(default_factory=set)  # in the step before
     peak: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,12 +69,13 @@ class Model:
     def run(self, step: Step, sequences: dict[int, Sequence]) -> dict[int, int | None]:
         s = self.scheduler
         assert 0 < step.num_tokens <= s.max_num_batched_tokens
-        assert len({c.sequence for c in step.chunks}) == len(step.chunks) <= len(s.running) <= s.max_num_seqs
+        assert len({c.sequence for c in step.chunks}) == len(step.chunks) <= s.max_num_seqs >= len(s.running)
         for start in step.started:
             seq = sequences[start.sequence]
             assert start.sequence not in self.known
             assert list(start.prompt_token_ids) == seq.tokens[: seq.prompt_length] and start.seed == seq.seed
             self.known.add(start.sequence)
+            self.tokens[seq.id] = list(start.prompt_token_ids)
         for gone in step.finished:
             assert gone in self.known - self.forgotten and sequences[gone].finish_reason is not None
             self.forgotten.add(gone)
@@ -85,12 +88,18 @@ class Model:
                 assert chunk.start % s.pages.page_size == 0
             elif seq.id not in self.computed:
                 assert chunk.start == 0
-            assert list(chunk.token_ids) == seq.tokens[chunk.start : chunk.end]
-            assert chunk.sample == (chunk.end == len(seq.tokens))
+            mine, last = self.tokens[seq.id], chunk.token_ids[-1]
+            if last == UNKNOWN:
+                assert chunk.end == len(mine) > seq.prompt_length and seq.id in self.sampled
+                last = mine[-1]
+            assert [*chunk.token_ids[:-1], last] == mine[chunk.start : chunk.end]
+            assert chunk.sample == (chunk.end == len(mine))
             self.computed[seq.id] = chunk.end
-            self._write_and_read(chunk.sequence, chunk.start, chunk.end, seq.tokens, chunk.tables)
+            self._write_and_read(chunk.sequence, chunk.start, chunk.end, mine, chunk.tables)
             if chunk.sample:
                 tokens[seq.id] = answer_token(seq.seed, chunk.end) or None
+                mine.append(tokens[seq.id] or 0)
+        self.sampled = set(tokens)
         return tokens
 
     def _write_and_read(self, sequence: int, start: int, end: int, tokens: list[int], tables: tuple) -> None:
@@ -136,6 +145,8 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
         enable_prefix_caching=rng.random() < 0.8, policy=rng.choice(["fcfs", "fcfs", "priority"]),
     )  # fmt: skip
     model = Model(s)
+    ahead = rng.random() < 0.5  # each step is made before the one before it is committed
+    pending: Step | None = None
     promised: dict[int, int] = {}
     ended_at: dict[int, int] = {}
     beginnings = [[rng.randint(2, 900) for _ in range(max_len)] for _ in range(2)]
@@ -162,6 +173,7 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
             )  # fmt: skip
             same = rng.randint(0, length)
             known = rng.choice([*beginnings, *(q.tokens for q in sequences.values())])  # also an answer, gone on with
+            known = [t for t in known if t != UNKNOWN]
             prompt = tuple([*known[:same], *(rng.randint(2, 900) for _ in range(length))][:length])
             for _ in range(rng.choice([1, 1, 1, 4])):  # as n = 4 does
                 seq = s.add(prompt, params, seed=rng.getrandbits(32), eos=(EOS,))
@@ -173,23 +185,25 @@ def trace(seed: int, *, longest: int = 40) -> Counter[str]:
         oldest = min((q for q in (*s.running, *s.waiting)), key=lambda q: q.place, default=None)
         if oldest is not None and not oldest.rank:
             oldest = s.waiting.first()
-        step = s.next()
+        made = s.next()
         check_queues(s)
+        busy = {c.sequence for step in (pending, made) if step is not None for c in step.chunks}
+        assert oldest is None or oldest.id in busy, "the first must move on"
+        step, pending = (pending, made) if ahead else (made, None)
         if step is None:
-            assert oldest is None, "something waits, yet nothing runs"
-            if not arrivals:
+            if not arrivals and pending is None and oldest is None:
                 break
             continue
-        assert oldest is not None and oldest.id in {c.sequence for c in step.chunks}, "the first must move on"
         tokens = model.run(step, sequences)
         if rng.random() < 0.02:
             cancel()  # while the step runs
+        due = {i: t for i, t in tokens.items() if sequences[i].finish_reason is None}
         got = s.commit(step, tokens)
-        assert {q.id: t for q, t in got} == {i: t for i, t in tokens.items() if i not in cancelled}
+        assert {q.id: t for q, t in got} == due
         check_queues(s)
         for seq in sequences.values():
             if seq.finish_reason is not None:
-                ended_at.setdefault(seq.id, s.counters.steps)
+                ended_at.setdefault(seq.id, step.number)
     else:
         raise AssertionError("the trace does not end")
     assert all(p.num_free == p.num_pages for p in pages.pools), "every page has come back"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +112,7 @@ class Batch:
         query_starts: first row of each sequence, and the number of tokens at the end.
         starts: position of each sequence's first query.
         logits_rows: (rows,) int64: the tokens whose logits are wanted.
+        bounds: `query_starts` (sequences + 1,) and `starts` (sequences,) on the device, int32.
         groups: one for each cache group.
     """
 
@@ -119,18 +121,12 @@ class Batch:
     query_starts: tuple[int, ...]
     starts: tuple[int, ...]
     logits_rows: Tensor
+    bounds: tuple[Tensor, Tensor]
     groups: tuple[GroupBatch, ...]
 
     @property
     def num_tokens(self) -> int:
         return self.query_starts[-1]
-
-    @cached_property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """`query_starts` (sequences + 1,) and `starts` (sequences,) on the device, int32."""
-        device = self.token_ids.device
-        starts = torch.tensor(self.starts, dtype=torch.int32, device=device)
-        return torch.tensor(self.query_starts, dtype=torch.int32, device=device), starts
 
     @cached_property
     def decode_only(self) -> bool:
@@ -146,29 +142,54 @@ def build_batch(
     all_logits: frozenset[int] = frozenset(),
 ) -> Batch:
     """Lay out the chunks of a step. `all_logits` names sequences that want the logits of every token."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    query_starts = [0]
-    for c in chunks:
-        if c.sequence in all_logits:
-            rows.extend(range(len(token_ids), len(token_ids) + len(c.token_ids)))
-        elif c.sample:
-            rows.append(len(token_ids) + len(c.token_ids) - 1)
-        token_ids.extend(c.token_ids)
-        positions.extend(range(c.start, c.end))
-        query_starts.append(len(token_ids))
-    starts = tuple(c.start for c in chunks)
-    where = torch.tensor(positions)
-    rows_of = torch.repeat_interleave(torch.tensor([len(c.token_ids) for c in chunks]))
+    counts = np.array([len(c.token_ids) for c in chunks])
+    ends = counts.cumsum()
+    starts = np.array([c.start for c in chunks])
+    whole = np.array([c.sequence in all_logits for c in chunks])
+    wanted = whole | np.array([c.sample for c in chunks])
+    firsts = np.where(whole, ends - counts, ends - 1)  # of the rows of logits
+    rows_of = np.repeat(np.arange(len(chunks)), counts)
+    positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+    arrays = [
+        np.array([t for c in chunks for t in c.token_ids]),
+        positions,
+        np.concatenate([np.arange(i, j) for i, j, w in zip(firsts, ends, wanted, strict=True) if w] or [starts[:0]]),
+        np.concatenate(([0], ends)).astype(np.int32),
+        starts.astype(np.int32),
+    ]
+    for i in range(len(groups)):
+        arrays += _places([c.tables[i] for c in chunks], page_size, positions, rows_of)
+    token_ids, at, rows, query_starts, first_positions, *places = to_device(arrays, device)
+    ranges = tuple((c.start, c.end) for c in chunks)
+
+    def group(i: int) -> GroupBatch:
+        pages, first, slots = places[3 * i : 3 * i + 3]
+        return GroupBatch(groups[i], page_size, tuple(c.tables[i] for c in chunks), ranges, pages, first, slots)
+
     return Batch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=where.to(device),
-        query_starts=tuple(query_starts),
-        starts=starts,
-        logits_rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        groups=tuple(_group(i, g, chunks, page_size, device, where, rows_of) for i, g in enumerate(groups)),
+        token_ids=token_ids,
+        positions=at,
+        query_starts=(0, *ends.tolist()),
+        starts=tuple(c.start for c in chunks),
+        logits_rows=rows,
+        bounds=(query_starts, first_positions),
+        groups=tuple(map(group, range(len(groups)))),
     )
+
+
+DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32}
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors. They travel together, and nobody waits for them."""
+    sizes = [-(-a.nbytes // 8) * 8 for a in arrays]
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    bytes, at = buffer.numpy(), 0
+    for a, size in zip(arrays, sizes, strict=True):
+        bytes[at : at + a.nbytes] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+        at += size
+    there = buffer.to(device, non_blocking=True).split(sizes)
+    return [t[: a.nbytes].view(DTYPES[a.dtype.str[1:]]).view(a.shape) for t, a in zip(there, arrays, strict=True)]
 
 
 def neighbours(pages: tuple[int, ...]) -> bool:
@@ -177,19 +198,13 @@ def neighbours(pages: tuple[int, ...]) -> bool:
     return high - low == len(pages) and pages == tuple(range(low, high))
 
 
-def _group(
-    index: int,
-    group: CacheGroup,
-    chunks: Sequence[Chunk],
-    size: int,
-    device: torch.device,
-    positions: Tensor,
-    rows: Tensor,
-) -> GroupBatch:
-    tables = tuple(c.tables[index] for c in chunks)
-    most = max(len(t.pages) for t in tables)
-    pages = torch.tensor([t.pages + (0,) * (most - len(t.pages)) for t in tables], dtype=torch.int32)
-    first = torch.tensor([t.first for t in tables], dtype=torch.int32)
-    slots = pages[rows, positions // size - first[rows]].long() * size + positions % size
-    ranges = tuple((c.start, c.end) for c in chunks)
-    return GroupBatch(group, size, tables, ranges, pages.to(device), first.to(device), slots.to(device))
+def _places(
+    tables: Sequence[PageTable], size: int, positions: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A group's page table, the logical pages that its rows begin with, and the slots of all tokens."""
+    pages = np.zeros((len(tables), max(len(t.pages) for t in tables)), np.int32)
+    for row, table in zip(pages, tables, strict=True):
+        row[: len(table.pages)] = table.pages
+    first = np.array([t.first for t in tables], np.int32)
+    slots = pages[rows, positions // size - first[rows]].astype(np.int64) * size + positions % size
+    return pages, first, slots

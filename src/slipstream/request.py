@@ -292,9 +292,15 @@ class PageTable:
     pages: tuple[int, ...]
 
 
+UNKNOWN = -1  # a token that the step before samples, which may still be running
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One sequence's part of a step: compute `token_ids` at positions start.. and, if `sample`, one token more."""
+    """One sequence's part of a step: compute `token_ids` at positions start.. and, if `sample`, one token more.
+
+    The last of them may be UNKNOWN.
+    """
 
     sequence: int
     start: int

@@ -8,6 +8,9 @@ whoever was let in first always moves on, and everyone ends within a number of s
 Pages that a step fills are offered to whoever comes with the same beginning (also to the sequence itself, when it is
 computed again), and as soon as to those that come later in the same step: every layer writes the keys of all tokens of a
 step before it looks at any.
+
+The next step can be made before the one before it has been committed: what that one samples is UNKNOWN until then. Steps
+run one after the other, so pages that one of them still reads or writes may be given to the next.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass, field
 
 from slipstream.cache.pages import Chain, Pages
 from slipstream.errors import CapacityError, RequestError
-from slipstream.request import Chunk, FinishReason, SamplingParams, Start, Step
+from slipstream.request import UNKNOWN, Chunk, FinishReason, SamplingParams, Start, Step
 from slipstream.sequence import TURNS, Sequence, Waiting
 
 SCORED_TOKENS = 256  # rows of logits that prompt_logprobs may take in one step: bounds the memory for them
@@ -57,6 +60,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.waiting = Waiting()
         self.running: list[Sequence] = []  # by rank
+        self._unfinished: dict[int, Sequence] = {}
         self.counters = Counters()
         self._ids = self._ranks = 0
         self._forget: list[int] = []
@@ -114,6 +118,7 @@ class Scheduler:
         self._ids += 1
         chain = Chain(self.pages.page_size, params.cache_salt) if self.enable_prefix_caching else None
         seq = Sequence(self._ids, params, len(prompt), list(prompt), seed, ends, length, chain)
+        self._unfinished[seq.id] = seq
         self.waiting.add(seq)
         return seq
 
@@ -148,7 +153,9 @@ class Scheduler:
             if i == len(self.running) and (preempted or not self._let_in()):
                 break
             seq = self.running[i]
-            count = min(budget, len(seq.tokens) - seq.computed)
+            count = 0  # where its last token is on its way
+            if len(seq.tokens) < seq.max_length:
+                count = min(budget, len(seq.tokens) - seq.computed)
             if seq.wants_prompt_logits:
                 count = min(count, scored)
                 scored -= count
@@ -167,7 +174,6 @@ class Scheduler:
                     prompt = tuple(seq.tokens[: seq.prompt_length])
                     started.append(Start(seq.id, prompt, seq.params, seq.seed, tuple(sorted(seq.end_ids))))
                 chunks.append(self._chunk(seq, count))
-                self._offer(chunks[-1], seq)
                 budget -= count
                 i += 1
         if not chunks:
@@ -205,23 +211,29 @@ class Scheduler:
         return names[: self.pages.known(names)]
 
     def _chunk(self, seq: Sequence, count: int) -> Chunk:
-        end = seq.computed + count
-        tokens = tuple(seq.tokens[seq.computed : end])
-        return Chunk(seq.id, seq.computed, tokens, self.pages.tables(seq.id), sample=end == len(seq.tokens))
+        start, end = seq.computed, seq.computed + count
+        tokens = tuple(seq.tokens[start:end])
+        chunk = Chunk(seq.id, start, tokens, self.pages.tables(seq.id), sample=end == len(seq.tokens))
+        seq.computed = end
+        if tokens[-1] != UNKNOWN:
+            self._offer(seq, start, end)
+        if chunk.sample:
+            seq.tokens.append(UNKNOWN)
+        return chunk
 
-    def _offer(self, chunk: Chunk, seq: Sequence) -> None:
-        """Let others find the pages that this chunk fills."""
+    def _offer(self, seq: Sequence, start: int, end: int) -> None:
+        """Let others find the pages that are filled by the tokens at start..end-1."""
         size = self.pages.page_size
-        if seq.chain is not None and chunk.end // size > chunk.start // size:
-            self.pages.offer(seq.id, seq.chain.names(seq.tokens, chunk.end))
+        if seq.chain is not None and end // size > start // size:
+            self.pages.offer(seq.id, seq.chain.names(seq.tokens, end))
 
     def spoil(self, step: Step) -> None:
         """The step did not come to its end: nobody shall find the pages that it was to fill."""
-        by_id = {s.id: s for s in self.running}
         for chunk in step.chunks:
-            seq = by_id.get(chunk.sequence)
+            seq = self._unfinished.get(chunk.sequence)
             if seq is not None and seq.chain is not None:
-                self.pages.forget(seq.chain.names(seq.tokens, chunk.end)[chunk.start // self.pages.page_size :])
+                end = chunk.end - (seq.tokens[chunk.end - 1] == UNKNOWN)
+                self.pages.forget(seq.chain.names(seq.tokens, end)[chunk.start // self.pages.page_size :])
 
     def _preempt(self, seq: Sequence) -> None:
         self.pages.free(seq.id)
@@ -234,29 +246,32 @@ class Scheduler:
 
         A sequence that ended meanwhile (aborted while the step ran) is passed over.
         """
-        by_id = {s.id: s for s in self.running}
         out: list[tuple[Sequence, int | None]] = []
         for chunk in step.chunks:
-            seq = by_id.get(chunk.sequence)
+            seq = self._unfinished.get(chunk.sequence)
             if seq is None:
                 continue
             if chunk.start < seq.prompt_length:
                 self.counters.prompt_tokens += min(chunk.end, seq.prompt_length) - chunk.start
-            seq.computed = chunk.end
             if not chunk.sample:
                 continue
             token = tokens[chunk.sequence]
             if token is None:
                 self.finish(seq, "error")
             else:
-                seq.tokens.append(token)
-                self.counters.new_tokens += 1
-                if token in seq.end_ids and seq.num_new > seq.params.min_new_tokens:
-                    self.finish(seq, "stop", token)
-                elif len(seq.tokens) >= seq.max_length:
-                    self.finish(seq, "length")
+                self._append(seq, chunk.end, token)
             out.append((seq, token))
         return out
+
+    def _append(self, seq: Sequence, at: int, token: int) -> None:
+        seq.tokens[at] = token
+        self.counters.new_tokens += 1
+        if token in seq.end_ids and at >= seq.prompt_length + seq.params.min_new_tokens:
+            self.finish(seq, "stop", token)
+        elif at + 1 >= seq.max_length:
+            self.finish(seq, "length")
+        elif seq.computed > at:  # the next step is on its way, and could not yet name a page that it fills
+            self._offer(seq, at, at + 1)
 
     def finish(self, seq: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """End a sequence for good and give its pages back; the first reason stays."""
@@ -264,6 +279,9 @@ class Scheduler:
             return
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        self._unfinished.pop(seq.id, None)
+        while seq.tokens[-1] == UNKNOWN:
+            seq.tokens.pop()
         if reason == "error" and seq.chain is not None:  # NaN in a page would spread to whoever finds it
             self.pages.forget(seq.chain.names(seq.tokens, len(seq.tokens)))
         self.pages.free(seq.id)
@@ -277,6 +295,7 @@ class Scheduler:
         """Begin anew with empty queues and free pages, after an interrupt that may have left them half-changed."""
         self.pages = Pages(self.pages.groups, [pool.num_pages for pool in self.pages.pools], self.pages.page_size)
         self.running.clear()
+        self._unfinished.clear()
         self.waiting = Waiting()
 
     def amend(self, seq: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:

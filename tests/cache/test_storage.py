@@ -16,9 +16,7 @@ def storage(dtype: torch.dtype = torch.float32) -> Storage:
 
 def test_bytes_are_those_of_the_spec() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        want = sum(
-            n * 4 * g.bytes_per_token(dtype.itemsize) for g, n in zip(GROUPS, (8, 4), strict=True)
-        )  # and nobody's
+        want = sum(n * 4 * g.bytes_per_token(dtype.itemsize) for g, n in zip(GROUPS, (7, 3), strict=True))
         assert storage(dtype).nbytes == want
 
 
@@ -26,7 +24,7 @@ def test_each_layer_has_memory_of_its_own() -> None:
     s = storage()
     for i in range(5):
         for j, tensor in enumerate(s.layer(i)):
-            assert tensor.shape == ((32, 2, 16) if i in (1, 3) else (16, 2, 16))
+            assert tensor.shape == ((28, 2, 16) if i in (1, 3) else (12, 2, 16))
             tensor.fill_(10 * i + j)
     for i in range(5):
         for j, tensor in enumerate(s.layer(i)):

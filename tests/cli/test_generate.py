@@ -89,7 +89,8 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
         device="cpu", dtype="float32", quantization="dequantize", max_model_len=64, max_num_seqs=3, max_num_batched_tokens=32,
         kv_cache_memory_bytes=3 << 20, gpu_memory_utilization=0.4, page_size=8, attn_implementation="sdpa",
         linear_implementation="torch", num_threads=1, enable_prefix_caching=False,
-        scheduling_policy="priority", batch_invariant=True, weights="random",
+        scheduling_policy="priority", batch_invariant=True, weights="random", enforce_eager=True, async_scheduling=False,
+        moe_implementation="loop",
     )  # fmt: skip
     for f in dataclasses.fields(EngineConfig):
         if f.name != "seed":  # --seed is the request's
@@ -97,7 +98,8 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
     words = shlex.split("""--device cpu --dtype float32 --quantization dequantize --max-model-len 64 --max-num-seqs 3
         --max-num-batched-tokens 32 --kv-cache-memory-bytes 3MiB --gpu-memory-utilization 0.4 --page-size 8
         --attn-implementation sdpa --linear-implementation torch --num-threads 1 --no-enable-prefix-caching
-        --scheduling-policy priority --batch-invariant --weights random""")
+        --scheduling-policy priority --batch-invariant --weights random --enforce-eager --no-async-scheduling
+        --moe-implementation loop""")
     for command in (["generate", model, "x"], ["chat", model], ["explain", model]):
         with pytest.raises(ZeroDivisionError):  # a bug of ours is not dressed up as a mistake of the user
             slipstream(*command, *words)

@@ -18,7 +18,7 @@ import torch
 
 from slipstream import LLM, AsyncLLM, CapacityError, RequestError, SamplingParams
 from slipstream.engine.engine import Delta, Stream
-from slipstream.engine.runner import StepResult
+from slipstream.engine.runner import Flight
 from slipstream.jobs import run_batch
 from slipstream.request import RequestOutput, Step
 from tests.engine import tiny
@@ -62,15 +62,15 @@ class Load:
         self.known = list(self._certain())
         assert len(self.known) > 15
         spoil(llm)
-        run = llm.engine.runner.run
+        run = llm.engine.runner.launch
 
-        def now_and_then(step: Step) -> StepResult:
+        def now_and_then(step: Step) -> Flight:
             result = run(step)
             if step.number % 700 == 0:
                 raise RuntimeError(PLANTED)
             return result
 
-        llm.engine.runner.run = now_and_then  # type: ignore[method-assign]
+        llm.engine.runner.launch = now_and_then  # type: ignore[method-assign]
 
     def _certain(self) -> Iterator[tuple[str, RequestOutput]]:
         """Prompts that begin alike, of all lengths, with the answers they get alone."""

@@ -77,7 +77,7 @@ def load(folder: Path, **options: Any) -> LLM:
 def logits_of(llm: LLM) -> Iterator[Found]:
     """Every row of logits, under the tokens that it comes after; where they come twice, they are the same twice."""
     runner = llm.engine.runner
-    model, run, steps = runner.model, runner.run, []
+    model, run, steps = runner.model, runner.launch, []
     found: Found = {}
 
     def taken(step: Step) -> Any:
@@ -98,9 +98,9 @@ def logits_of(llm: LLM) -> Iterator[Found]:
                     assert again or not llm.plan.asked.batch_invariant
         return logits
 
-    runner.run, runner.model = taken, forward  # type: ignore[method-assign, assignment]
+    runner.launch, runner.model = taken, forward  # type: ignore[method-assign, assignment]
     yield found
-    runner.run, runner.model = run, model  # type: ignore[method-assign]
+    runner.launch, runner.model = run, model  # type: ignore[method-assign]
 
 
 def alone(llm: LLM) -> Found:

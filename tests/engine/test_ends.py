@@ -37,13 +37,13 @@ def llm(hybrid: Path) -> Iterator[LLM]:
 def clock(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
-    run = llm.engine.runner.run
+    run = llm.engine.runner.launch
 
     def slow(step):  # type: ignore[no-untyped-def]
         clock.now += 1
         return run(step)
 
-    monkeypatch.setattr(llm.engine.runner, "run", slow)
+    monkeypatch.setattr(llm.engine.runner, "launch", slow)
     return clock
 
 
@@ -146,7 +146,7 @@ def test_who_is_cancelled_when_a_pass_fails_has_no_error(llm: LLM, monkeypatch: 
 
     first = llm.engine.submit(llm.make_request("the tide", GREEDY), lambda stream, delta: second.cancel())
     second = llm.submit("the sea", GREEDY)
-    monkeypatch.setattr(llm.engine.runner, "run", fail)
+    monkeypatch.setattr(llm.engine.runner, "launch", fail)
     with pytest.raises(RuntimeError, match="a cosmic ray"):
         llm.engine.step()
     (a,), (b,) = first.output.outputs, second.output.outputs
@@ -160,16 +160,16 @@ def test_pages_of_a_broken_pass_are_not_found(llm: LLM, monkeypatch: pytest.Monk
     prompt = list(range(20, 61))
     want = llm.generate([prompt], GREEDY)[0].outputs[0].token_ids
     other = [90, *prompt]
-    run = llm.engine.runner.run
+    run = llm.engine.runner.launch
 
     def fail(step):  # type: ignore[no-untyped-def]
         raise broken
 
-    monkeypatch.setattr(llm.engine.runner, "run", fail)
+    monkeypatch.setattr(llm.engine.runner, "launch", fail)
     stream = llm.submit(other, GREEDY)
     with pytest.raises(broken):
         stream.result()
-    monkeypatch.setattr(llm.engine.runner, "run", run)
+    monkeypatch.setattr(llm.engine.runner, "launch", run)
     found = llm.snapshot().cached_tokens
     assert llm.generate([other], GREEDY)[0].outputs[0].token_ids and llm.snapshot().cached_tokens == found
     assert llm.generate([prompt], GREEDY)[0].outputs[0].token_ids == want and llm.snapshot().cached_tokens > found

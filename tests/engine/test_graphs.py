@@ -3,12 +3,15 @@ is a GPU's matter (tests/gpu); here it runs the model each time, on the inputs t
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from slipstream import LLM, SamplingParams
 from slipstream.engine.graphs import Decoder, Run, ladder
+from slipstream.engine.runner import Runner
 
 PROMPTS = ["t", "the tide", "he said that the sea is a rose " * 3, "QQ", "a rose is a", "no"]
 
@@ -23,26 +26,34 @@ def test_the_ladder_reaches_every_size() -> None:
     assert len(ladder(256)) < 24
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["after", "ahead"])
 @pytest.mark.parametrize(
     "options", [{}, {"page_size": 3, "kv_cache_memory_bytes": 75_000}], ids=["room", "little room"]
 )
 @pytest.mark.parametrize("name", ["hybrid", "llama"])
 def test_answers_are_those_of_steps_built_anew(
-    request: pytest.FixtureRequest, name: str, options: dict[str, int]
+    request: pytest.FixtureRequest, name: str, options: dict[str, int], ahead: bool
 ) -> None:
     folder: Path = request.getfixturevalue(name)
-    params = [SamplingParams(temperature=0, max_new_tokens=3 + 9 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    params = [
+        SamplingParams(temperature=0.7 * (i % 2), max_new_tokens=3 + 9 * i, ignore_eos=True, seed=i)
+        for i in range(len(PROMPTS))
+    ]
     load = {"kv_cache_memory_bytes": 1 << 21, "max_model_len": 140, "max_num_seqs": 5, **options}
-    plain, llm = LLM(folder, **load), LLM(folder, **load)
+    plain, llm = LLM(folder, **load), LLM(folder, **load, async_scheduling=ahead)
     shapes = []
 
-    def record(run: Run) -> Run:
+    def record(run: Run, again: Callable[[], None]) -> Run:
         shapes.append(1)
+        run()
+        again()
         return run
 
-    llm.engine.runner.decoder = Decoder(llm.plan, llm.plan.model, llm.engine.runner.storage, record)
+    plan = dataclasses.replace(llm.plan, cuda_graphs=True)
+    runner = llm.engine.runner = Runner(plan, plan.model)
+    runner.decoder = Decoder(plan, plan.model, runner.storage, runner.answers, record)
     want, got = ([o.outputs[0] for o in m.generate_batch(PROMPTS, params)] for m in (plain, llm))
     assert [c.token_ids for c in got] == [c.token_ids for c in want]
     assert len(shapes) >= 3
-    assert len(llm.engine.runner.decoder._tables) <= 2 * 2, "tables of those that ended are not kept"
+    assert len(runner.decoder._tables) <= 2 * 2, "tables of those that ended are not kept"
     assert bool(llm.snapshot().preemptions) == bool(options)

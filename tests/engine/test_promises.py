@@ -18,7 +18,7 @@ import pytest
 
 from slipstream import LLM, AsyncLLM, CapacityError, RequestError, SamplingParams
 from slipstream.engine.engine import Delta, Stream
-from slipstream.engine.runner import StepResult
+from slipstream.engine.runner import Flight
 from slipstream.request import Request, Step
 from tests.engine import mixed, tiny
 
@@ -95,9 +95,9 @@ class Counted:
 
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passes = self.queued = 0
-        run, add = llm.engine.runner.run, llm.engine.scheduler.add
+        run, add = llm.engine.runner.launch, llm.engine.scheduler.add
 
-        def counted_run(step: Step) -> StepResult:
+        def counted_run(step: Step) -> Flight:
             self.passes += 1
             return run(step)
 
@@ -105,7 +105,7 @@ class Counted:
             self.queued += 1
             return add(*args, **kwargs)
 
-        monkeypatch.setattr(llm.engine.runner, "run", counted_run)
+        monkeypatch.setattr(llm.engine.runner, "launch", counted_run)
         monkeypatch.setattr(llm.engine.scheduler, "add", counted_add)
 
 

@@ -390,7 +390,7 @@ def test_a_pass_that_raises_costs_only_the_line_at_fault(job: Job, monkeypatch: 
     whole = job.run()
     engine = job.llm.engine
     poison = tuple(job.llm.tokenizer.encode("The 5"))
-    real, culprits = engine.runner.run, set()
+    real, culprits = engine.runner.launch, set()
 
     def fails(step: Any) -> Any:
         culprits.update(s.sequence for s in step.started if s.prompt_token_ids == poison)
@@ -398,7 +398,7 @@ def test_a_pass_that_raises_costs_only_the_line_at_fault(job: Job, monkeypatch: 
             raise RuntimeError("a kernel failed")
         return real(step)
 
-    monkeypatch.setattr(engine.runner, "run", fails)
+    monkeypatch.setattr(engine.runner, "launch", fails)
     found = job.run(overwrite=True)
     assert "a kernel failed" in found[5]["error"]["message"]
     assert found[:5] + found[6:] == whole[:5] + whole[6:]
@@ -409,7 +409,7 @@ def test_a_machine_that_fails_ends_the_job(job: Job, monkeypatch: pytest.MonkeyP
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.llm.engine.runner, "run", fails)
+        patch.setattr(job.llm.engine.runner, "launch", fails)
         with pytest.raises(RuntimeError, match="the device is gone"):
             job.run(*many(60))
     found = job.run()
@@ -423,14 +423,14 @@ def test_a_deadline_counts_from_when_the_line_runs_and_is_answered_once(
     """Each pass takes a second on this clock; three lines run together, so the last ones begin after 20 seconds."""
     now = 100.0
     monkeypatch.setattr("slipstream.engine.engine.time", SimpleNamespace(perf_counter=lambda: now))
-    real = job.llm.engine.runner.run
+    real = job.llm.engine.runner.launch
 
     def slow(step: Any) -> Any:
         nonlocal now
         now += 1
         return real(step)
 
-    monkeypatch.setattr(job.llm.engine.runner, "run", slow)
+    monkeypatch.setattr(job.llm.engine.runner, "launch", slow)
     made = [{"id": i, "prompt": f"The {i}", "max_new_tokens": 10, "deadline": 10.5, **GREEDY} for i in range(9)]
     made[4]["deadline"] = 4.5
     body = {"prompt": "x", "max_tokens": 9, "deadline": 2.5, **GREEDY}

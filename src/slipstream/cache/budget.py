@@ -44,6 +44,8 @@ def divide_pages(
     groups: Sequence[CacheGroup],
     *,
     page_size: int,
+    sequences: int,
+    chunk: int,
     longest: int,
     dtype_bytes: int,
     free_bytes: int,
@@ -55,6 +57,8 @@ def divide_pages(
     """max_model_len, and the pages of each group. The reasons go into `why`.
 
     Args:
+        sequences: that run together.
+        chunk: tokens of one step.
         longest: positions that the model was made for.
         other_bytes: what weights and workspace take.
         bytes_per_token: workspace that grows with the longest request.
@@ -63,7 +67,7 @@ def divide_pages(
         CapacityError: not even one request fits; the message has the numbers.
         ConfigError: a max_model_len beyond the model's positions.
     """
-    size, chunk = page_size, asked.max_num_batched_tokens
+    size = page_size
     page_bytes = [g.bytes_per_token(dtype_bytes) * size for g in groups]
 
     def need(length: int) -> list[int]:
@@ -106,7 +110,7 @@ def divide_pages(
     least = need(longest)
     # A step computes at most `chunk` tokens over all sequences, so beside its window only one chunk is held in all.
     most = [
-        asked.max_num_seqs * (n if g.window is None else g.max_pages(longest, 1, size)) + (0 if g.window is None else n)
+        sequences * (n if g.window is None else g.max_pages(longest, 1, size)) + (0 if g.window is None else n)
         for g, n in zip(groups, least, strict=True)
     ]
 

@@ -11,10 +11,9 @@ from slipstream.cache.spec import CacheGroup
 
 
 class Storage:
-    """Keys and values, (layers of the group, num_pages + 1, page_size, kv_heads, head_dim) each.
+    """Keys and values, (layers of the group, num_pages, page_size, kv_heads, head_dim) each.
 
-    The last page belongs to nobody: rows that only fill a step up write there. The memory is reserved here in one piece and
-    never grows; on a CPU the system hands it out as pages are written.
+    The memory is reserved here in one piece and never grows; on a CPU the system hands it out as pages are written.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class Storage:
         self.values: list[Tensor] = []
         self._where: dict[int, tuple[int, int]] = {}
         for i, (group, count) in enumerate(zip(groups, num_pages, strict=True)):
-            shape = (len(group.layers), count + 1, page_size, group.num_kv_heads, group.head_dim)
+            shape = (len(group.layers), count, page_size, group.num_kv_heads, group.head_dim)
             self.keys.append(torch.empty(shape, dtype=dtype, device=device))
             self.values.append(torch.empty(shape, dtype=dtype, device=device))
             self._where.update({layer: (i, j) for j, layer in enumerate(group.layers)})

@@ -55,6 +55,7 @@ def _tables(model: str, plan: Mapping[str, Any]) -> list[Table]:
         ("weights", size(sizes["weights"]), why.pop("weights", "")),
         ("KV cache", size(sizes["kv_cache"]), why.pop("kv_cache", "")),
         ("workspace", size(sizes["workspace"]), why.pop("workspace", "activations and logits of the largest step")),
+        *([("CUDA graphs", size(sizes["graphs"]), why.pop("cuda_graphs", ""))] if sizes["graphs"] else []),
         ("total", size(sizes["total"]), f"of {size(sizes['free'])} free"),
     ]
     rows += [(name, "", reason) for name, reason in why.items()]

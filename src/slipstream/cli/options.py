@@ -212,9 +212,11 @@ class EngineOptions:
     max_model_len: Annotated[
         int | None, _engine("Longest prompt + answer. Default: the model's own, if memory allows.", metavar="TOKENS")
     ] = None
-    max_num_seqs: Annotated[int | None, _engine("Answers that are written at the same time. Default: 64.")] = None
+    max_num_seqs: Annotated[
+        int | None, _engine("Answers that are written at the same time. Default: 256 on a large GPU, else 64.")
+    ] = None
     max_num_batched_tokens: Annotated[
-        int | None, _engine("Tokens computed in one step. Default: 2048.", metavar="TOKENS")
+        int | None, _engine("Tokens computed in one step. Default: 8192 on a large GPU, else 2048.", metavar="TOKENS")
     ] = None
     kv_cache_memory_bytes: Annotated[
         int | None,
@@ -244,6 +246,13 @@ class EngineOptions:
     enforce_eager: Annotated[
         bool | None, _engine("Run every step kernel by kernel, without CUDA graphs.", "--enforce-eager")
     ] = None
+    async_scheduling: Annotated[
+        bool | None,
+        _engine(
+            "Launch a step before the tokens of the one before it are looked at. Default: on a GPU.",
+            "--async-scheduling/--no-async-scheduling",
+        ),
+    ] = None
     batch_invariant: Annotated[
         bool | None,
         _engine("Logits with the same bits alone and in any batch; slower. Default: no.", "--batch-invariant"),
@@ -253,6 +262,9 @@ class EngineOptions:
     ] = None
     linear_implementation: Annotated[
         str | None, _engine("The same for every matrix that it takes. Default: the fastest that fits.")
+    ] = None
+    moe_implementation: Annotated[
+        str | None, _engine("The same for the experts of a mixture. Default: the fastest that fits.")
     ] = None
     num_threads: Annotated[int | None, _engine("CPU threads. Default: torch's choice, one a core.")] = None
 

@@ -24,8 +24,8 @@ class EngineConfig:
         weights: checkpoint reads them; random draws them on the device, in the shapes and formats of config.json, so that a model
             can be measured before it is downloaded. What it writes is noise.
         max_model_len: longest prompt + answer, tokens.
-        max_num_seqs: requests that run together.
-        max_num_batched_tokens: tokens computed in one step.
+        max_num_seqs: requests that run together; None is 256 on a GPU with much free memory, else 64.
+        max_num_batched_tokens: tokens computed in one step; None is 8192 there, else 2048.
         kv_cache_memory_bytes: bytes for keys and values; None plans them from what is free.
         gpu_memory_utilization: the part of the free memory that the plan may use (weights, KV, workspace); on a CPU at
             most half of it.
@@ -35,8 +35,11 @@ class EngineConfig:
         batch_invariant: a request's logits have the same bits alone and in any batch, in chunks or not, with or without what
             the cache holds; slower, and an error where an op has no implementation that keeps it.
         enforce_eager: run every step kernel by kernel, without CUDA graphs.
+        async_scheduling: launch a step before the tokens of the one before it are looked at, so that the device need not wait;
+            None does so on a GPU.
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
+        moe_implementation: force one for the experts of a mixture.
         num_threads: CPU threads; None leaves torch's own choice.
         seed: from which requests without a seed of their own draw theirs, and random weights theirs (None is then 0).
     """
@@ -46,8 +49,8 @@ class EngineConfig:
     quantization: str = "auto"
     weights: str = "checkpoint"
     max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     page_size: int | None = None
@@ -55,8 +58,10 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     batch_invariant: bool = False
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
     attn_implementation: str | None = None
     linear_implementation: str | None = None
+    moe_implementation: str | None = None
     num_threads: int | None = None
     seed: int | None = None
 
@@ -82,10 +87,12 @@ class EngineConfig:
             ("kv_cache_memory_bytes", 1), ("num_threads", 1), ("seed", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name not in ("max_num_seqs", "max_num_batched_tokens"):
+            if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
+        if self.async_scheduling not in (None, True, False):
+            raise ConfigError(f"async_scheduling: must be true or false, got {self.async_scheduling!r}")
         for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, got {getattr(self, name)!r}")

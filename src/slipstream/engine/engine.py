@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from slipstream.cache.pages import Pages
-from slipstream.engine.runner import Runner, StepResult
+from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.engine.snapshot import Rate, Snapshot, take_snapshot
 from slipstream.errors import RequestError
 from slipstream.plan import Plan
@@ -113,6 +113,8 @@ class Engine:
             enable_prefix_caching=plan.asked.enable_prefix_caching,
             policy=plan.asked.scheduling_policy,
         )
+        self._flight: Flight | None = None  # launched before the one before it was looked at
+        self._in_runner = False
         self._answers: dict[int, _Answer] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap: when, and whose sequence
         self._lock = threading.RLock()  # any thread may submit, step and cancel; one at a time does
@@ -197,35 +199,56 @@ class Engine:
             return ran
 
     def _step(self) -> bool:
-        running = False
         self._keep_deadlines(time.perf_counter())
+        flight, self._flight = self._flight, None
+        running = [] if flight is None else [flight.step]
         try:
-            step = self.scheduler.next()
-            if step is None:
-                return False
-            self._note_started(step)
-            running = True
-            result = self.runner.run(step)
-            running = False
+            if flight is None:
+                flight = self._launch(running)
+                if flight is None:
+                    return False
+            if flight.plain:
+                self._flight = self._launch(running)
+            self._in_runner = True
+            result = self.runner.finish(flight)
+            self._in_runner = False
             self._take_prompt_logprobs(result)
-            for sequence, token in self.scheduler.commit(step, result.tokens):
+            for sequence, token in self.scheduler.commit(flight.step, result.tokens):
                 if answer := self._answers.get(sequence.id):  # or the delivery of one before it has ended this one too
                     self._advance(answer, token, result)
         except BaseException as e:
-            if running and step is not None:  # half-run: the cache of this pass cannot be trusted
-                lost = [self._answers[c.sequence] for c in step.chunks]
-                self.scheduler.spoil(step)
-            else:  # half-counted: no queue and no page table can be trusted
-                lost = list(self._answers.values())
-                self.scheduler.reset()
-            for answer in lost:
-                if answer.completion.finish_reason is not None:  # the delivery of one before it has ended this one too
-                    continue
-                if isinstance(e, Exception):
-                    answer.completion.error = f"{type(e).__name__}: {e}"
-                self.end(answer, "error" if isinstance(e, Exception) else "abort")
+            self._break(e, running)
             raise
         return True
+
+    def _launch(self, running: list[Step]) -> Flight | None:
+        step = self.scheduler.next()
+        if step is None:
+            return None
+        self._note_started(step)
+        running.append(step)
+        self._in_runner = True
+        flight = self.runner.launch(step)
+        self._in_runner = False
+        return flight
+
+    def _break(self, e: BaseException, running: list[Step]) -> None:
+        """End whom a step that raised leaves with nothing to go on from."""
+        self._flight = None
+        if self._in_runner:  # half-run: the cache of these passes cannot be trusted
+            lost = [self._answers[c.sequence] for step in running for c in step.chunks if c.sequence in self._answers]
+            for step in running:
+                self.scheduler.spoil(step)
+        else:  # half-counted: no queue and no page table can be trusted
+            lost = list(self._answers.values())
+            self.scheduler.reset()
+        self._in_runner = False
+        for answer in lost:
+            if answer.completion.finish_reason is not None:  # the delivery of one before it has ended this one too
+                continue
+            if isinstance(e, Exception):
+                answer.completion.error = f"{type(e).__name__}: {e}"
+            self.end(answer, "error" if isinstance(e, Exception) else "abort")
 
     def _keep_deadlines(self, now: float) -> None:
         while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._answers):
@@ -235,15 +258,16 @@ class Engine:
 
     def _note_started(self, step: Step) -> None:
         now = time.perf_counter()
+        begun = {c.sequence: c.start for c in step.chunks} if step.started else {}
         for s in step.started:
-            answer = self._answers[s.sequence]
-            metrics = answer.stream.output.metrics
+            metrics = self._answers[s.sequence].stream.output.metrics
             if metrics is not None and not metrics.started:
-                metrics.started, metrics.cached_tokens = now, answer.sequence.computed
+                metrics.started, metrics.cached_tokens = now, begun[s.sequence]
 
     def _take_prompt_logprobs(self, result: StepResult) -> None:
         for sequence, values in result.prompt_logprobs.items():
-            kept = self._answers[sequence].stream.output.prompt_logprobs
+            answer = self._answers.get(sequence)  # None: it has ended since
+            kept = None if answer is None else answer.stream.output.prompt_logprobs
             for position, value in values:
                 if kept is not None:
                     kept[position] = value

@@ -7,6 +7,7 @@ come in a few widths, since kernels are launched for the width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,10 @@ from slipstream.batch import Batch, GroupBatch
 from slipstream.cache.storage import Storage
 from slipstream.layers.transformer import Transformer
 from slipstream.plan import Plan
-from slipstream.request import Chunk, PageTable
+from slipstream.request import UNKNOWN, Chunk, PageTable
 
 Run = Callable[[], Tensor]
+Record = Callable[[Run, Callable[[], None]], Run]
 NARROW = 32  # pages of the narrowest table
 
 
@@ -45,62 +47,76 @@ class Shape:
 
 
 class Inputs:
-    """The buffer, on the device and on the host, and where a shape's inputs stand in it."""
+    """The buffer on the device, and where a shape's inputs stand in it."""
 
-    def __init__(self, plan: Plan, widest: Shape) -> None:
-        self._plan = plan
-        size = sum(a.nbytes for a in self._cut(np.zeros(0, np.uint8), widest, measure=True))
-        pin = plan.device.type == "cuda"
-        self.host = torch.zeros(size, dtype=torch.uint8, pin_memory=pin)
-        self.device = torch.zeros(size, dtype=torch.uint8, device=plan.device)
+    def __init__(self, widest: Shape, device: torch.device) -> None:
+        self._cuts: dict[Shape, list[tuple[int, np.dtype[Any], tuple[int, ...]]]] = {}
+        self.buffer = torch.zeros(self._cut(widest)[-1][0], dtype=torch.uint8, device=device)
 
-    def _parts(self, shape: Shape) -> list[tuple[type, tuple[int, ...]]]:
-        rows, groups = shape.rows, len(shape.widths)
-        wide = [(np.int64, (2 + groups, rows))]  # token ids, positions, slots of each group
-        return [*wide, (np.int32, (1 + groups, rows)), *((np.int32, (rows, w)) for w in shape.widths)]  # starts, firsts
-
-    def _cut(self, buffer: np.ndarray, shape: Shape, *, measure: bool = False) -> list[np.ndarray]:
-        found: list[np.ndarray] = []
-        at = 0
-        for kind, size in self._parts(shape):
-            count = int(np.prod(size)) * np.dtype(kind).itemsize
-            found.append(np.zeros(size, kind) if measure else buffer[at : at + count].view(kind).reshape(size))
-            at += count
+    def _cut(self, shape: Shape) -> list[tuple[int, np.dtype[Any], tuple[int, ...]]]:
+        """Offset, type and size of each part, and last the bytes in all."""
+        found = self._cuts.get(shape)
+        if found is None:
+            rows, groups, at = shape.rows, len(shape.widths), 0
+            found = []
+            for kind, size in (
+                (
+                    np.int64,
+                    (4 + groups, rows),
+                ),  # token ids, whose answers they are, positions, noise, slots of each group
+                (np.int32, (1 + groups, rows)),  # positions, first pages
+                *((np.int32, (rows, width)) for width in shape.widths),
+                (np.float32, (rows,)),  # temperatures
+                (np.bool_, (rows,)),  # which token ids are known
+            ):
+                found.append((at, np.dtype(kind), size))
+                at += -(-math.prod(size) * np.dtype(kind).itemsize // 8) * 8
+            found.append((at, np.dtype(np.uint8), ()))
+            self._cuts[shape] = found
         return found
 
-    def on_host(self, shape: Shape) -> list[np.ndarray]:
-        return self._cut(self.host.numpy(), shape)
+    def host(self, shape: Shape) -> tuple[Tensor, list[np.ndarray]]:
+        """A buffer to fill, and its parts. It is a new one each time, as a copy of the last one may be under way."""
+        *parts, (count, _, _) = self._cut(shape)
+        buffer = torch.empty(count, dtype=torch.uint8, pin_memory=self.buffer.is_cuda)
+        whole = buffer.numpy()
+        sizes = ((at, kind, size, math.prod(size) * kind.itemsize) for at, kind, size in parts)
+        return buffer, [whole[at : at + count].view(kind).reshape(size) for at, kind, size, count in sizes]
 
-    def on_device(self, shape: Shape) -> list[Tensor]:
-        found: list[Tensor] = []
-        at = 0
-        for kind, size in self._parts(shape):
-            dtype = torch.int64 if kind is np.int64 else torch.int32
-            count = int(np.prod(size)) * dtype.itemsize
-            found.append(self.device[at : at + count].view(dtype).view(size))
-            at += count
-        return found
+    def device(self, shape: Shape) -> list[Tensor]:
+        parts = self._cut(shape)[:-1]
+        dtypes = (torch.int64, *(torch.int32 for _ in parts[1:-2]), torch.float32, torch.bool)
+        return [
+            self.buffer[at : at + math.prod(size) * kind.itemsize].view(dtype).view(size)
+            for (at, kind, size), dtype in zip(parts, dtypes, strict=True)
+        ]
 
-    def send(self, shape: Shape) -> None:
-        count = sum(a.nbytes for a in self.on_host(shape))
-        self.device[:count].copy_(self.host[:count], non_blocking=True)
+    def send(self, buffer: Tensor) -> None:
+        self.buffer[: len(buffer)].copy_(buffer, non_blocking=True)
 
 
 class Decoder:
     """Runs steps in which every sequence has one token and wants the next.
 
     Args:
-        record: makes of the model on fixed inputs what replays it; the first call of what it makes is a run as well.
+        answers: the tokens that `pick` writes, and whether each is one; also where unknown ones are found.
+        record: makes of a step on fixed inputs what replays it. It is also given what makes it possible to run the step once
+            more: by itself each run overwrites the tokens that it begins with.
     """
 
     def __init__(
-        self, plan: Plan, model: Transformer, storage: Storage, record: Callable[[Run], Run] | None = None
+        self,
+        plan: Plan,
+        model: Transformer,
+        storage: Storage,
+        answers: tuple[Tensor, Tensor],
+        record: Record | None = None,
     ) -> None:
-        self._plan, self._model, self._storage = plan, model, storage
+        self._plan, self._model, self._storage, self._answers = plan, model, storage, answers
         self._record = record or CudaGraphs()
         self._sizes = ladder(plan.max_num_seqs)
         most = tuple(g.max_pages(plan.max_model_len, 1, plan.page_size) for g in plan.groups)
-        self._inputs = Inputs(plan, Shape(plan.max_num_seqs, tuple(map(_width, most, most))))
+        self._inputs = Inputs(Shape(plan.max_num_seqs, tuple(map(_width, most, most))), plan.device)
         self._most = most
         # Graphs read these for as long as they are, so they are made once and kept.
         self._rows = torch.arange(plan.max_num_seqs, device=plan.device)
@@ -112,39 +128,73 @@ class Decoder:
         for group in range(len(self._most)):
             self._tables.pop((sequence, group), None)
 
-    def run(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits, (sequences, vocab) float32; they hold until the next call."""
+    def run(self, chunks: Sequence[Chunk], sources: Sequence[int], heat: Sequence[float], noise: np.ndarray) -> Tensor:
+        """Logits, (sequences, vocab); they hold until the next call. Tokens are picked as well.
+
+        Args:
+            sources: of those whose token is UNKNOWN, the row of `answers` that it is in.
+            heat: temperatures.
+            noise: `streams` of seeds and positions.
+        """
         shape = self._shape(chunks)
-        self._fill(chunks, shape)
-        self._inputs.send(shape)
+        buffer, parts = self._inputs.host(shape)
+        self._fill(parts, chunks)
+        wide, heats = parts[0], parts[-2]
+        wide[1, : len(chunks)], wide[3, : len(chunks)], heats[: len(chunks)] = sources, noise, heat
+        self._inputs.send(buffer)
         run = self._recorded.get(shape)
         if run is None:
-            batch = self._batch(shape)
-            run = self._recorded[shape] = self._record(lambda: self._model(batch, self._storage))
+            before = [t.clone() for t in self._answers]
+
+            def again() -> None:
+                for there, here in zip(self._answers, before, strict=True):
+                    there.copy_(here)
+
+            run = self._recorded[shape] = self._record(self._step(shape), again)
         return run()[: len(chunks)]
+
+    def _step(self, shape: Shape) -> Run:
+        wide, narrow, *tables, heat, known = self._inputs.device(shape)
+        rows = shape.rows
+        groups = tuple(
+            GroupBatch(group, self._plan.page_size, (), (), pages, narrow[1 + g], wide[4 + g])
+            for g, (group, pages) in enumerate(zip(self._plan.groups, tables, strict=True))
+        )
+        bounds = (self._starts[: rows + 1], narrow[0])
+        batch = Batch(wide[0], wide[2], tuple(range(rows + 1)), (0,) * rows, self._rows[:rows], bounds, groups)
+        tokens, ok = self._answers
+
+        def step() -> Tensor:
+            batch.token_ids = torch.where(known, wide[0], tokens[wide[1]])
+            logits = self._model(batch, self._storage)
+            self._plan.ops.pick(logits, heat, wide[3], (tokens[:rows], ok[:rows]))
+            return logits
+
+        return step
 
     def _shape(self, chunks: Sequence[Chunk]) -> Shape:
         rows = next(n for n in self._sizes if n >= len(chunks))
         widths = (max(len(c.tables[g].pages) for c in chunks) for g in range(len(self._most)))
         return Shape(rows, tuple(map(_width, widths, self._most)))
 
-    def _fill(self, chunks: Sequence[Chunk], shape: Shape) -> None:
-        wide, narrow, *tables = self._inputs.on_host(shape)
+    def _fill(self, parts: list[np.ndarray], chunks: Sequence[Chunk]) -> None:
+        wide, narrow, *tables, heat, known = parts
         size, count = self._plan.page_size, len(chunks)
         positions = np.array([c.start for c in chunks])
-        wide[:2, count:], narrow[:, count:] = 0, 0
+        wide[:4, count:], narrow[:, count:], heat[count:], known[count:] = 0, 0, 0, True
         wide[0, :count] = [c.token_ids[0] for c in chunks]
-        wide[1, :count] = narrow[0, :count] = positions
+        known[:count] = wide[0, :count] != UNKNOWN
+        wide[2, :count] = narrow[0, :count] = positions
         for g, pages in enumerate(tables):
             pages[count:] = self._plan.num_pages[g]  # the page behind those that are given away
-            wide[2 + g, count:] = self._plan.num_pages[g] * size
+            wide[4 + g, count:] = self._plan.num_pages[g] * size
             firsts = narrow[1 + g]
             firsts[:count] = [c.tables[g].first for c in chunks]
             for row, c in zip(pages, chunks, strict=False):
-                known = self._array(c, g)
-                row[: len(known)] = known
+                known_pages = self._array(c, g)
+                row[: len(known_pages)] = known_pages
             page = pages[np.arange(count), positions // size - firsts[:count]]
-            wide[2 + g, :count] = page.astype(np.int64) * size + positions % size
+            wide[4 + g, :count] = page.astype(np.int64) * size + positions % size
 
     def _array(self, chunk: Chunk, group: int) -> np.ndarray:
         table, key = chunk.tables[group], (chunk.sequence, group)
@@ -152,18 +202,6 @@ class Decoder:
         if found is None or found[0] is not table:
             found = self._tables[key] = (table, np.array(table.pages, np.int32))
         return found[1]
-
-    def _batch(self, shape: Shape) -> Batch:
-        wide, narrow, *tables = self._inputs.on_device(shape)
-        rows = shape.rows
-        starts = tuple(range(rows + 1))
-        groups = tuple(
-            GroupBatch(group, self._plan.page_size, (), (), pages, narrow[1 + g], wide[2 + g])
-            for g, (group, pages) in enumerate(zip(self._plan.groups, tables, strict=True))
-        )
-        batch = Batch(wide[0], wide[1], starts, (0,) * rows, self._rows[:rows], groups)
-        batch.bounds = (self._starts[: rows + 1], narrow[0])
-        return batch
 
 
 def _width(pages: int, most: int) -> int:
@@ -179,12 +217,13 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, run: Run) -> Run:
+    def __call__(self, run: Run, again: Callable[[], None]) -> Run:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are compiled and chosen before anything is recorded
             want = run().clone()
         torch.cuda.current_stream().wait_stream(side)
+        again()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             out = run()
@@ -192,6 +231,7 @@ class CudaGraphs:
         graph.replay()
         if not torch.equal(out.nan_to_num(), want.nan_to_num()):
             raise AssertionError("a recorded step gives other numbers than the same step run kernel by kernel")
+        again()
 
         def replay() -> Tensor:
             graph.replay()

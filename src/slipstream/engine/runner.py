@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.batch import build_batch
+from slipstream.batch import Batch, build_batch, to_device
 from slipstream.cache.storage import Storage
 from slipstream.engine.graphs import Decoder
 from slipstream.layers.transformer import Transformer
-from slipstream.ops.sampling import Row
-from slipstream.ops.sampling.reference import token_logprobs
+from slipstream.ops.sampling import Row, is_plain
+from slipstream.ops.sampling.reference import streams, token_logprobs
 from slipstream.plan import Plan
-from slipstream.request import Chunk, Step, TokenLogprob
+from slipstream.request import UNKNOWN, Chunk, Step, TokenLogprob
 
 
 @dataclass(slots=True)
@@ -26,28 +27,111 @@ class StepResult:
     prompt_logprobs: dict[int, list[tuple[int, TokenLogprob | None]]] = field(default_factory=dict)  # (position, value)
 
 
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A step on its way: launched, and not looked at."""
+
+    step: Step
+    whole: frozenset[int]  # sequences with the logits of all their tokens
+    logits: Tensor
+    plain: bool  # tokens were picked on the device, and the next step can be launched before anybody knows them
+    answers: Tensor | None = None  # on the host, once `arrived`: tokens, and whether each is one
+    arrived: torch.cuda.Event | None = None
+
+
 class Runner:
     """Holds the model, the cache and, for each live sequence, what its sampler must know."""
 
     def __init__(self, plan: Plan, model: Transformer) -> None:
         self.plan, self.model = plan, model
-        self.storage = Storage(plan.groups, plan.num_pages, plan.page_size, plan.dtype, plan.device)
+        self.storage = Storage(plan.groups, plan.stored_pages, plan.page_size, plan.dtype, plan.device)
         self.rows: dict[int, Row] = {}
-        self.decoder: Decoder | None = Decoder(plan, model, self.storage) if plan.cuda_graphs else None
+        self._plain: set[int] = set()
+        most = plan.max_num_seqs
+        self._answers = torch.zeros(9 * most, dtype=torch.uint8, device=plan.device)
+        self.answers = _answers(self._answers, most)
+        self._sources: dict[int, int] = {}  # whose token of the step before is where
+        self.decoder = Decoder(plan, model, self.storage, self.answers) if plan.cuda_graphs else None
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepResult:
+    def launch(self, step: Step) -> Flight:
+        """Set a step going. On a GPU nothing is waited for."""
         for sequence in step.finished:
             self.rows.pop(sequence, None)
+            self._plain.discard(sequence)
             if self.decoder is not None:
                 self.decoder.forget(sequence)
         for s in step.started:
             self.rows[s.sequence] = Row(s.params, s.prompt_token_ids, [], s.seed, s.stop_token_ids)
+            if is_plain(s.params):
+                self._plain.add(s.sequence)
         whole = frozenset(c.sequence for c in step.chunks if self._wants_prompt(c))
+        sampled = [c for c in step.chunks if c.sample]
+        plain = self.plan.async_scheduling and not whole and all(map(self._is_plain, sampled))
+        heat, noise = self._drawing(sampled) if plain or self.decoder else ([], np.zeros(0, np.int64))
         if self.decoder is not None and not whole and all(c.sample and len(c.token_ids) == 1 for c in step.chunks):
-            return self._sample(step, self.decoder.run(step.chunks), whole)
+            sources = [self._sources[c.sequence] if c.token_ids[0] == UNKNOWN else 0 for c in step.chunks]
+            logits = self.decoder.run(step.chunks, sources, heat, noise)
+        else:
+            logits = self.model(self._batch(step, whole), self.storage)
+            if plain and sampled:
+                heats, starts = to_device([np.array(heat, np.float32), noise], self.plan.device)
+                self.plan.ops.pick(logits, heats, starts, tuple(t[: len(sampled)] for t in self.answers))
+        flight = Flight(step, whole, logits, plain)
+        self._sources = {c.sequence: i for i, c in enumerate(sampled)} if plain else {}
+        if plain and self.plan.device.type == "cuda":
+            flight.answers = torch.empty(len(self._answers), dtype=torch.uint8, pin_memory=True)
+            flight.answers.copy_(self._answers, non_blocking=True)
+            flight.arrived = torch.cuda.Event()
+            flight.arrived.record()
+        elif plain:
+            flight.answers = self._answers.cpu().clone()
+        return flight
+
+    @torch.inference_mode()
+    def finish(self, flight: Flight) -> StepResult:
+        """Wait for a step, and see what came of it."""
+        if not flight.plain:
+            return self._sample(flight.step, flight.logits.float(), flight.whole)
+        if flight.arrived is not None:
+            flight.arrived.synchronize()
+        assert flight.answers is not None
+        tokens, ok = (t.tolist() for t in _answers(flight.answers, self.plan.max_num_seqs))
+        result = StepResult()
+        for chunk, token, good in zip((c for c in flight.step.chunks if c.sample), tokens, ok, strict=False):
+            result.tokens[chunk.sequence] = token if good else None
+            row = self.rows.get(chunk.sequence)
+            if good and row is not None:  # None: it ended before this step was looked at
+                row.output_token_ids.append(token)  # type: ignore[attr-defined]
+        return result
+
+    def _is_plain(self, chunk: Chunk) -> bool:
+        row = self.rows[chunk.sequence]
+        forbidden = row.stop_token_ids and chunk.end - len(row.prompt_token_ids) < row.params.min_new_tokens
+        return chunk.sequence in self._plain and not forbidden
+
+    def _drawing(self, sampled: list[Chunk]) -> tuple[list[float], np.ndarray]:
+        """Temperatures, and where the noise of each row starts."""
+        rows = [self.rows[c.sequence] for c in sampled]
+        heat = [row.params.temperature for row in rows]
+        if not any(heat):
+            return heat, np.zeros(len(rows), np.int64)
+        positions = [c.end - len(row.prompt_token_ids) for c, row in zip(sampled, rows, strict=True)]
+        return heat, streams([row.seed for row in rows], positions)
+
+    def _batch(self, step: Step, whole: frozenset[int]) -> Batch:
         batch = build_batch(step.chunks, self.plan.groups, self.plan.page_size, self.plan.device, whole)
-        return self._sample(step, self.model(batch, self.storage), whole)
+        unknown = [
+            (c.sequence, row)
+            for c, row in zip(step.chunks, batch.query_starts, strict=False)
+            if c.token_ids[0] == UNKNOWN
+        ]
+        if unknown:
+            rows = np.array([row for _, row in unknown])
+            sources = np.array([self._sources[sequence] for sequence, _ in unknown])
+            to, there = to_device([rows, sources], self.plan.device)
+            batch.token_ids[to] = self.answers[0][there]
+        return batch
 
     def _wants_prompt(self, chunk: Chunk) -> bool:
         row = self.rows[chunk.sequence]
@@ -89,3 +173,8 @@ class Runner:
         tokens = list(row.prompt_token_ids[chunk.start + 1 : last + 1])
         values = token_logprobs(logits[:count], tokens, [row.params.prompt_logprobs] * count)
         return list(zip(range(chunk.start + 1, last + 1), values, strict=True))
+
+
+def _answers(buffer: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Tokens (most,) int64, and whether each is one, bool."""
+    return buffer[: 8 * most].view(torch.int64), buffer[8 * most :].view(torch.bool)

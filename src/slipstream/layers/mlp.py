@@ -52,9 +52,12 @@ class MoE(nn.Module):
         self.down = Experts(ops, n, inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
-        ids, weights = self.pick(
-            x, self.router, self.top_k, softmax_first=self.softmax_first, renormalize=self.renormalize
-        )
+        ids, weights = self.route(x)
         return self.experts.kernel.experts(
             x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
         )
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their shares, (tokens, top_k) each."""
+        first, scale = self.softmax_first, self.renormalize
+        return self.pick(x, self.router, self.top_k, softmax_first=first, renormalize=scale)

@@ -36,4 +36,5 @@ class Ops:
     linear: Callable[[str, int, int, bool], LinearKernel]
     dtype: torch.dtype
     sample: Any = None
+    pick: Any = None
     row_by_row: bool = False

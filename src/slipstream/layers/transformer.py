@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         self._frequencies = [inverse_frequencies(rope) for rope in config.ropes]
 
     def forward(self, batch: Batch, cache: Storage) -> Tensor:
-        """Logits of `batch.logits_rows`, (rows, vocab) float32."""
+        """Logits of `batch.logits_rows`, (rows, vocab), as the head gives them; float32 where they are capped."""
         x = self.embed(batch.token_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
@@ -94,11 +94,13 @@ class Transformer(nn.Module):
         if len(rows) < len(x):  # else they are all of them, in order
             x, delta = x[rows], None if delta is None else delta[rows]
         x = self.norm.add(x, delta)[1]
-        logits = self.head(x).float()
+        logits = self.head(x)
         cap = self.config.final_logit_softcapping
         if cap is None or not len(logits):
             return logits
-        return torch.cat([torch.tanh(rows / cap) * cap for rows in logits.split(1 if self.row_by_row else len(logits))])
+        return torch.cat(
+            [torch.tanh(rows / cap) * cap for rows in logits.float().split(1 if self.row_by_row else len(logits))]
+        )
 
     def _turns(self, positions: Tensor) -> list[Turns]:
         # Brought to the device once: later steps copy nothing.

@@ -8,6 +8,7 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from slipstream.ops.choose import Case, Choice, choose
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
 
+LARGE = 32 << 30  # bytes free on a GPU from which on many requests run together
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
 WAITING = {("moe", "loop"), ("moe", "reference"), ("attention", "sdpa"), ("attention", "reference")}
 
@@ -57,8 +59,15 @@ class Plan:
     weights_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    graphs_bytes: int
     cuda_graphs: bool
+    async_scheduling: bool
     why: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stored_pages(self) -> tuple[int, ...]:
+        """Pages in memory: graphs need one more in each group, for rows that only fill a step up."""
+        return tuple(n + self.cuda_graphs for n in self.num_pages)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for --json and for benchmark records."""
@@ -87,7 +96,8 @@ class Plan:
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "bytes": {
                 "weights": self.weights_bytes, "kv_cache": self.kv_bytes, "workspace": self.workspace_bytes,
-                "total": self.weights_bytes + self.kv_bytes + self.workspace_bytes,
+                "graphs": self.graphs_bytes,
+                "total": self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.graphs_bytes,
                 "free": self.hardware.free_bytes,
             },
             "why": self.why,
@@ -135,18 +145,22 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     groups = home.cache_spec(config)
     held = tuple(held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
-    batched = asked.max_num_batched_tokens
-    workspace = _workspace_bytes(config, batched, asked.max_num_seqs, dtype)
+    sequences, batched = _sizes(asked, hardware, why)
+    workspace = _workspace_bytes(config, batched, sequences, dtype)
     page_size = choose_page_size(asked, groups, why)
+    graphs = _cuda_graphs(asked, hardware, choices, why)
+    graphs_bytes = _graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
     max_len, num_pages = divide_pages(
         asked,
         groups,
         page_size=page_size,
+        sequences=sequences,
+        chunk=batched,
         longest=config.max_position_embeddings,
         dtype_bytes=dtype.itemsize,
         free_bytes=hardware.free_bytes,
         gpu=hardware.device.startswith("cuda"),
-        other_bytes=weights + workspace,
+        other_bytes=weights + workspace + graphs_bytes,
         # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
         bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
         why=why,
@@ -167,14 +181,34 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         num_pages=num_pages,
         page_size=page_size,
         max_model_len=max_len,
-        max_num_seqs=asked.max_num_seqs,
+        max_num_seqs=sequences,
         max_num_batched_tokens=batched,
         weights_bytes=weights,
         kv_bytes=kv,
         workspace_bytes=workspace,
-        cuda_graphs=_cuda_graphs(asked, hardware, choices, why),
+        graphs_bytes=graphs_bytes,
+        cuda_graphs=graphs,
+        async_scheduling=_async_scheduling(asked, hardware, why),
         why=why,
     )
+
+
+def _sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple[int, int]:
+    """Sequences that run together, and tokens of one step. A large GPU is busy only with many of both."""
+    large = hardware.device.startswith("cuda") and hardware.free_bytes >= LARGE
+    found = []
+    for name, most, else_ in (("max_num_seqs", 256, 64), ("max_num_batched_tokens", 8192, 2048)):
+        value = getattr(asked, name)
+        why[name] = "asked for"
+        if value is None:
+            value = most if large else else_
+            why[name] = (
+                f"more than {LARGE >> 30} GiB are free on a GPU"
+                if large
+                else f"a GPU with {LARGE >> 30} GiB free takes {most}"
+            )
+        found.append(value)
+    return found[0], found[1]
 
 
 def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], why: dict[str, str]) -> bool:
@@ -189,6 +223,27 @@ def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice],
     else:
         why["cuda_graphs"] = "decoding steps are recorded once for each size, and replayed"
     return not asked.enforce_eager and not waits
+
+
+def _graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
+    """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
+    spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
+    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * dtype.itemsize
+
+
+def _async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:
+    """Whether a step is launched before the one before it is looked at."""
+    gpu = hardware.device.startswith("cuda")
+    why["async_scheduling"] = (
+        "asked for"
+        if asked.async_scheduling is not None
+        else (
+            "while the GPU runs a step, the next one is made"
+            if gpu
+            else "on a CPU the next step would wait for the same cores"
+        )
+    )
+    return gpu if asked.async_scheduling is None else asked.async_scheduling
 
 
 def _dtype(
@@ -224,6 +279,7 @@ def _choose(
         "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
         "activation": choose("activation", activation.IMPLS, case),
         "sampling": choose("sampling", sampling.IMPLS, case),
+        "pick": choose("pick", sampling.PICK, case),
         "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
     }
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
@@ -239,11 +295,13 @@ def _choose(
     table = Ops(
         add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
         activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
-        sample=chosen["sampling"].fn,
+        sample=chosen["sampling"].fn, pick=chosen["pick"].fn,
         row_by_row=asked.batch_invariant and case.device == "cpu",
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]
+    if case.device != "cuda" and not asked.async_scheduling:
+        del chosen["pick"]
     return list(chosen.values()), table
 
 
@@ -268,7 +326,7 @@ def _experts_choice(
         asked, hardware, dtype, kinds={m.kind for m in layers}, formats={format for format, _, _ in stacks},
         sizes={shape[1:] for _, _, shape in stacks},
     )  # fmt: skip
-    choice = choose("moe", moe.IMPLS, case)
+    choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
     table.experts.kernel = choice.fn
     return [choice]
 
@@ -291,8 +349,11 @@ def _linear_choices(
 
 def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
     """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
+    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
+    return _layer_bytes(config, tokens, dtype) + 3 * rows * config.vocab_size * 4
+
+
+def _layer_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
     heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
-    layer = tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
-    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
-    return layer + 3 * rows * config.vocab_size * 4
+    return tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize

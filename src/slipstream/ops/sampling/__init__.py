@@ -4,8 +4,8 @@ An implementation is `sample(logits, rows) -> list[int | None]`: `logits` is (ro
 `rows` holds one `Row` each. None means "this row has no token to give": its logits hold NaN or +inf, or nothing is
 left above -inf. The caller ends that request alone; the other rows are not touched by it.
 
-`PICK` are implementations of what decoding needs most, without waiting for the device: pick(logits, temperature, starts) ->
-tokens int64, ok bool, for rows with nothing but a temperature; `reference.py` says more.
+`PICK` are implementations of what decoding needs most, without waiting for the device: pick(logits, temperature, starts, out)
+-> tokens int64, ok bool, for rows with nothing but a temperature (`is_plain`); `reference.py` says more.
 
 The draw of a row depends on its logits, its seed and its position, never on what runs beside it.
 """
@@ -40,7 +40,15 @@ class Row:
 
 
 Sample = Callable[["torch.Tensor", Sequence[Row]], "list[int | None]"]
-Pick = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
+Pick = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
+
+
+def is_plain(params: SamplingParams) -> bool:
+    """Whether a row needs nothing but its temperature, once it has min_new_tokens: no filter, no history, nothing told of it."""
+    p = params
+    changed = p.logit_bias or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+    filtered = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0 or p.typical_p < 1)
+    return not changed and not filtered and p.logprobs is None
 
 
 def _load_torch() -> Sample:

@@ -10,6 +10,7 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from slipstream.errors import RequestError
@@ -150,17 +151,39 @@ def noise(starts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # (rows,
 
 
 def pick(
-    logits: torch.Tensor, temperature: torch.Tensor, starts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:  # (rows, vocab), (rows,) float32, (rows,) int64
+    logits: torch.Tensor,  # (rows, vocab)
+    temperature: torch.Tensor,  # (rows,) float32
+    starts: torch.Tensor,  # (rows,) int64: each row's `stream(seed, position)`
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`sample` for rows with nothing but a temperature, which waits for no device: tokens int64, and whether there is one.
 
-    `starts` holds each row's `stream(seed, position)`. A row that has no token gives 0.
+    A row that has no token gives 0. `out`: where to write both.
     """
     x = logits.float()
     peak = x.amax(-1)  # NaN where any logit is
     race = ((x - peak[:, None]) / temperature[:, None]).exp() / noise(starts, torch.arange(x.shape[1], device=x.device))
     tokens = torch.where(temperature == 0, x.argmax(-1), race.argmax(-1))
-    return tokens.where(peak.isfinite(), 0), peak.isfinite()
+    found = tokens.where(peak.isfinite(), 0), peak.isfinite()
+    if out is None:
+        return found
+    for there, here in zip(out, found, strict=True):
+        there.copy_(here)
+    return out
+
+
+def streams(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """`stream` of many, int64."""
+    with np.errstate(over="ignore"):
+        base = np.array([seed & _MASK for seed in seeds], np.uint64)
+        z = _mix_all(base) + np.array(positions, np.uint64) * np.uint64(_GOLDEN)
+        return _mix_all(z).view(np.int64)
+
+
+def _mix_all(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
+    return z ^ (z >> np.uint64(31))
 
 
 def check_rows(logits: torch.Tensor, rows: Sequence[Row]) -> None:

@@ -18,11 +18,17 @@ PIECE = 1024
 GOLDEN, MIX1, MIX2 = (tl.constexpr(_signed(number)) for number in (_GOLDEN, _MIX1, _MIX2))
 
 
-def pick(logits: Tensor, temperature: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+def pick(
+    logits: Tensor, temperature: Tensor, starts: Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape  # temperature (rows,) float32, starts (rows,) int64
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    ok = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    if out is None:
+        out = (
+            torch.empty(rows, dtype=torch.int64, device=logits.device),
+            torch.empty(rows, dtype=torch.bool, device=logits.device),
+        )
+    tokens, ok = out
     pieces = triton.cdiv(vocab, PIECE)
     found = torch.empty(3, rows, pieces, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
