@@ -101,7 +101,7 @@ def main() -> None:
         more = {
             "versions": ("torch", "transformers"),
             "choices": choices,
-            "gpu": torch.cuda.get_device_name(),
+            "machine": torch.cuda.get_device_name(),
             "tokens": len(tokens),
         }
         record("gpu.logits.20b", error, "relative error", limit=MOST_ERROR, **more)
