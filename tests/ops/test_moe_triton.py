@@ -125,7 +125,61 @@ def interpreted() -> dict[str, Callable[[], float]]:
     cases["many-experts"] = partial(error, "mxfp4", 9, "silu", sizes=(64, 32, 67, 5))
     cases["nan"] = bad_block
     cases["sorted"] = sort
+    for size in (64, 128):
+        cases[f"grouped-{size}"] = partial(around_the_grouped_product, size)
     return cases
+
+
+class Grouped:
+    """What the kernel of the grouped product is to do, in float64: Gluon has no interpreter."""
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return self.run
+
+    def run(
+        self, x: Any, data: Any, factors: Any, bias: Tensor, experts: Tensor, most: int, out: Any, spans: int, slabs: int,
+        steps: int, limit: float, kind: str | None, size: int, stages: int, **_: Any,
+    ) -> None:  # fmt: skip
+        assert x.block_shape == [size, 64] and out.block_shape == [size, 64 if kind else 128]
+        assert spans * 16 >= slabs > (spans - 1) * 16 and x.base.shape[1] <= steps * 64
+        width = x.base.shape[1]
+        words, scales = data.base.view(-1, slabs, steps, 128), factors.base.view(-1, slabs, steps, 8)
+        for tile in range(int(experts[most])):
+            e, rows = int(experts[tile]), slice(tile * size, (tile + 1) * size)
+            inputs = x.base[rows].double().unflatten(1, (-1, 2, 4, 2)).transpose(2, 3).reshape(size, width)
+            weight = decoded(words[e], scales[e], (slabs * 16, width), kind is not None)
+            y = inputs @ weight.T + bias[e].double()
+            if kind is not None:
+                y = activation(y, kind, limit).unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(size, slabs * 8)
+            out.base[rows] = y.to(out.base.dtype)
+
+
+def around_the_grouped_product(size: int) -> float:
+    from slipstream.ops.moe import grouped as gluon
+
+    tokens, (hidden, inner, number, top_k) = 41, (96, 64, 3, 2)
+    torch.manual_seed(size)
+    stacks = [stack("mxfp4", shape, F32) for shape in ((number, 2 * inner, hidden), (number, hidden, inner))]
+    biases = [torch.randn(w.shape[:2]) for w in stacks]
+    x = torch.randn(tokens, hidden).bfloat16()
+    ids = torch.rand(tokens, number).topk(top_k).indices
+    one_weight = torch.ones(1, 1, dtype=torch.float64)
+    layers = [linear(decode(w, F32).double(), b.double()) for w, b in zip(stacks, biases, strict=True)]
+    wanted = [
+        reference(x[i // top_k, None].double(), e.view(1, 1), one_weight, *layers, activation, kind="silu", limit=1.5)[
+            0
+        ]
+        for i, e in enumerate(ids.view(-1))
+    ]
+    gate_up, down = (prepare(w, torch.bfloat16, gated=i == 0) for i, w in enumerate(stacks))
+    gluon.grouped, before = Grouped(), gluon.grouped
+    try:
+        found, places = module._grouped(x, ids, gate_up, biases[0], down, biases[1], inner, size, "silu", 1.5)
+    finally:
+        gluon.grouped = before
+    answers = torch.stack(wanted)
+    assert (found[0, places.long()].double() - answers).norm() / answers.norm() < 6e-3  # bfloat16 twice
+    return 0.0
 
 
 def sort() -> float:

@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 STEP = gl.constexpr(64)  # inputs
 SLABS = gl.constexpr(8)  # of a warpgroup
 MUL = gl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
-SLEEP = gl.constexpr("nanosleep.u32 1500; mov.u32 $0, 0;")  # so that one's last steps cover the other's activation
+SLEEP = gl.constexpr("nanosleep.u32 3000; mov.u32 $0, 0;")  # so that one's last steps cover the other's activation
 WORDS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [4, 0]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 64]], [[1, 0], [2, 0]], [], [8, 128]
@@ -115,45 +115,36 @@ def _consume(  # type: ignore[no-untyped-def]
         tile, expert, group = _place(work, groups, number, experts)
         more = work + gl.num_programs(0) < number
         slab = (group * 2 + HALF) * SLABS
-        if slab >= num_slabs:  # only ever the second half of the last rows
-            for i in range(steps):
-                mbarrier.arrive(free.index(step & (STAGES - 1)))
-                step += 1
-                mbarrier.wait(ready.index(step & (STAGES - 1)), (step // STAGES) & 1, pred=more | (i + 1 < steps))
-            stage = step & (STAGES - 1)
-            first, first_scale, second, second_scale = _take(words.index(stage), scales.index(stage), HALF)
+        row = gl.arange(0, 128, layout=gl.SliceLayout(1, TOTAL))
+        total = gl.zeros((128, PAIRS), gl.float32, layout=TOTAL)
+        if bias is not None:
+            if KIND is None:
+                column = slab * 16 + row
+            else:
+                column = ((row >> 3) & 1) * (num_slabs * 8) + slab * 8 + (row >> 4) * 8 + (row & 7)
+            column = gl.minimum(column, num_slabs * 16 - 1)
+            total += gl.load(bias + expert * num_slabs * 16 + column).to(gl.float32)[:, None]
+        for i in range(steps):
+            x = inputs.index(step & (STAGES - 1))
+            total = warpgroup_mma(left, x.slice(0, 32, 1).permute((1, 0)), total, is_async=True)
+            total = warpgroup_mma_wait(1, deps=[total])
+            right = _decode(second, second_scale, LEFT)
+            total = warpgroup_mma(right, x.slice(32, 32, 1).permute((1, 0)), total, is_async=True)
+            total = warpgroup_mma_wait(1, deps=[total])
+            then = (step + 1) & (STAGES - 1)
+            mbarrier.wait(ready.index(then), ((step + 1) // STAGES) & 1, pred=more | (i + 1 < steps))
+            first, first_scale, second, second_scale = _take(words.index(then), scales.index(then), HALF)
             left = _decode(first, first_scale, LEFT)
-        else:
-            row = gl.arange(0, 128, layout=gl.SliceLayout(1, TOTAL))
-            total = gl.zeros((128, PAIRS), gl.float32, layout=TOTAL)
-            if bias is not None:
-                if KIND is None:
-                    column = slab * 16 + row
-                else:
-                    column = ((row >> 3) & 1) * (num_slabs * 8) + slab * 8 + (row >> 4) * 8 + (row & 7)
-                column = gl.minimum(column, num_slabs * 16 - 1)
-                total += gl.load(bias + expert * num_slabs * 16 + column).to(gl.float32)[:, None]
-            for i in range(steps):
-                x = inputs.index(step & (STAGES - 1))
-                total = warpgroup_mma(left, x.slice(0, 32, 1).permute((1, 0)), total, is_async=True)
-                total = warpgroup_mma_wait(1, deps=[total])
-                right = _decode(second, second_scale, LEFT)
-                total = warpgroup_mma(right, x.slice(32, 32, 1).permute((1, 0)), total, is_async=True)
-                total = warpgroup_mma_wait(1, deps=[total])
-                then = (step + 1) & (STAGES - 1)
-                mbarrier.wait(ready.index(then), ((step + 1) // STAGES) & 1, pred=more | (i + 1 < steps))
-                first, first_scale, second, second_scale = _take(words.index(then), scales.index(then), HALF)
-                left = _decode(first, first_scale, LEFT)
-                mbarrier.wait(ready.index(then), ((step + 1) // STAGES) & 1, pred=more | (i + 1 < steps))  # a branch
-                total = warpgroup_mma_wait(0, deps=[total])
-                mbarrier.arrive(free.index(step & (STAGES - 1)))
-                step += 1
-            tma.store_wait(0)
-            gl.thread_barrier()
-            _finish(total, shared, limit, KIND, PAIRS)
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(out, [tile * PAIRS, slab * (16 if KIND is None else 8)], shared)
+            mbarrier.wait(ready.index(then), ((step + 1) // STAGES) & 1, pred=more | (i + 1 < steps))  # a branch
+            total = warpgroup_mma_wait(0, deps=[total])
+            mbarrier.arrive(free.index(step & (STAGES - 1)))
+            step += 1
+        tma.store_wait(0)
+        gl.thread_barrier()
+        _finish(total, shared, limit, KIND, PAIRS)
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(out, [tile * PAIRS, slab * (16 if KIND is None else 8)], shared)
     tma.store_wait(0)
 
 
