@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from slipstream.ops.formats import encode
 from slipstream.ops.moe import triton as module
 from slipstream.ops.moe.triton import Tiles, prepare
-from tests.ops.test_moe_triton import case, error, tiled
+from tests.ops.test_moe_triton import case, error, grouped, tiled
 
 pytestmark = pytest.mark.gpu
 BF = torch.bfloat16
@@ -43,7 +43,14 @@ def test_every_tile_of_the_table(name: str, format: str) -> None:
             assert tiled(tiles, format, tokens, "swiglu_clamped", BF, "cuda", SIZES[size]) < 6e-3
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 64, 700])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("name", SIZES)
+def test_the_grouped_product(name: str, size: int) -> None:
+    for tokens, kind in ((1, "silu"), (45, "swiglu_clamped"), (700, "swiglu_clamped"), (1300, "silu")):
+        assert grouped(size, "mxfp4", tokens, kind, BF, "cuda", SIZES[name]) < 6e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 64, 200, 700])
 def test_two_hundred_runs_are_identical(tokens: int) -> None:
     torch.manual_seed(tokens)
     stacks = [torch.randn(s, device="cuda") / 20 for s in ((16, 512, 320), (16, 320, 256))]

@@ -30,10 +30,11 @@ PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def schedule(  # type: ignore[no-untyped-def]
     ids, experts, order, num_pairs, num_tiles,
-    BINS: tl.constexpr, BLOCK_M: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
+    BINS: tl.constexpr, BLOCK_M: tl.constexpr, SORT: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """One program an expert. experts (tiles): the expert of each tile, -1 for those beyond the last; order (tiles,
-    BLOCK_M): the pairs in each tile, in order, num_pairs where there is none."""
+    """One program an expert. experts (tiles): the expert of each tile, -1 for those beyond the last, then the number of
+    tiles; order (tiles, BLOCK_M): the pairs in each tile, in order, num_pairs where there is none. With SORT, order (pairs):
+    where each pair would stand there."""
     if CHAIN:
         gdc_wait()
         gdc_launch_dependents()
@@ -51,14 +52,37 @@ def schedule(  # type: ignore[no-untyped-def]
     for start in range(first, last, SIZE):
         at = start + tl.arange(0, SIZE)
         tl.store(experts + at, tl.where(at < end, own, -1), mask=at < last)
+    if own == tl.num_programs(0) - 1:
+        tl.store(experts + num_tiles, end)
     to = first * BLOCK_M
     for start in range(0, num_pairs, SIZE):
         at = start + tl.arange(0, SIZE)
         mine = (tl.load(ids + at, mask=at < num_pairs, other=BINS - 1).to(tl.int32) == own).to(tl.int32)
-        tl.store(order + to + tl.cumsum(mine, 0) - 1, at, mask=mine == 1)
+        place = to + tl.cumsum(mine, 0) - 1
+        if SORT:
+            tl.store(order + at, place, mask=mine == 1)
+        else:
+            tl.store(order + place, at, mask=mine == 1)
         to += tl.sum(mine)
-    rest = to + tl.arange(0, BLOCK_M)
-    tl.store(order + rest, num_pairs + tl.zeros_like(rest), mask=rest < end * BLOCK_M)
+    if not SORT:
+        rest = to + tl.arange(0, BLOCK_M)
+        tl.store(order + rest, num_pairs + tl.zeros_like(rest), mask=rest < end * BLOCK_M)
+
+
+@triton.jit
+def gather(  # type: ignore[no-untyped-def]
+    x, places, out, x_stride, width, TOP_K: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr
+):
+    """Each token's inputs to the places of its pairs, MIXED. x and out are pairs of bfloat16 in words."""
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SIZE)
+    words = tl.load(x + token * x_stride + ((at & ~7) | ((at & 3) << 1) | ((at & 4) >> 2)), mask=at < width)
+    for slot in tl.static_range(TOP_K):
+        place = tl.load(places + token * TOP_K + slot).to(tl.int64)
+        tl.store(out + place * width + at, words, mask=at < width)
 
 
 @triton.jit
@@ -200,10 +224,11 @@ def tiles(  # type: ignore[no-untyped-def]
     tl.store(out + columns[:, None], total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "parts"])
+@triton.jit(do_not_specialize=["num_pairs"])
 def add(  # type: ignore[no-untyped-def]
-    sums, weights, out, width, num_pairs, parts, TOP_K: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr
-):
+    sums, weights, places, out, width, num_pairs,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
     """One token's experts together, each by its weight, in the order in which they were picked."""
     if CHAIN:
         gdc_wait()
@@ -214,8 +239,9 @@ def add(  # type: ignore[no-untyped-def]
     y = tl.zeros((SIZE,), tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
+        place = pair if places is None else tl.load(places + pair).to(tl.int64)
         one = tl.zeros((SIZE,), tl.float32)
-        for part in range(parts):
-            one += tl.load(sums + (part * num_pairs + pair) * width + at, mask=inside, other=0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            one += tl.load(sums + (part * num_pairs + place) * width + at, mask=inside, other=0).to(tl.float32)
         y += one * tl.load(weights + pair)
     tl.store(out + token * width + at, y.to(out.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""A mixture of experts on a GPU in three or four kernels: the schedule, gate and up with the activation, down, the sum.
+"""A mixture of experts on a GPU in three to five kernels: the schedule, gate and up with the activation, down, the sum.
 
 Everything happens on the device, and the shapes of all launches follow from the number of tokens, so a CUDA graph can hold
 it. A token's experts are added in the order in which they were picked, in float32, and no sum is left to chance.
@@ -135,39 +135,92 @@ def experts(
     if not tokens:
         return out
     pairs, ids, weights = tokens * top_k, ids.contiguous(), weights.contiguous()
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = x if x.stride(1) == 1 and x.stride(0) % 2 == 0 else x.contiguous()
     inner = gate_up[0].shape[1] * 8 if len(gate_up) == 2 else gate_up[0].shape[1] // 2
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if group := choose_group(pairs, number, x, down):
+            sums, places = _grouped(x, ids, gate_up, gate_up_bias, down, down_bias, inner, group, kind, limit)
+        else:
+            sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, kind, limit), None
+        size = min(1024, triton.next_power_of_2(hidden))
+        kernels.add[(tokens, triton.cdiv(hidden, size))](
+            sums, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
+        )
+    return out
+
+
+def _tiled(
+    x: Tensor,
+    ids: Tensor,
+    gate_up: tuple[Tensor, ...],
+    gate_up_bias: Tensor | None,
+    down: tuple[Tensor, ...],
+    down_bias: Tensor | None,
+    inner: int,
+    kind: str,
+    limit: float,
+) -> Tensor:
+    """Each pair's answer, maybe in parts: (parts, pairs, hidden)."""
+    hidden, pairs, top_k, number = x.shape[1], ids.numel(), ids.shape[1], down[0].shape[0]
     tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2)
     parts = choose_parts(pairs, hidden // 16, inner // 32, tiles, x.device)
     between = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     wide = torch.float32 if pairs <= WIDE else x.dtype
     sums = torch.empty(parts, pairs, hidden, dtype=wide, device=x.device)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        schedule = _schedule(ids, number, tiles.pairs) if pairs > FEW else (ids.view(-1), None)
-        if _mixed(tiles, down):
-            x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(tokens, hidden)
-        _product(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
-        _product(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
-        size = min(1024, triton.next_power_of_2(hidden))
-        kernels.add[(tokens, triton.cdiv(hidden, size))](
-            sums, weights, out, hidden, pairs, parts, top_k, size, **_chain(x.device)
-        )
-    return out
+    schedule: tuple[Tensor, Tensor | None] = (ids.view(-1), None)
+    if pairs > FEW:
+        found, order = _schedule(ids, number, tiles.pairs)
+        schedule = found[:-1], order
+    if _mixed(tiles, down):
+        x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
+    _product(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
+    _product(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
+    return sums
 
 
-def _schedule(ids: Tensor, number: int, size: int) -> tuple[Tensor, Tensor]:
-    """The expert of each tile, and its pairs: as many tiles as the worst case needs."""
+def _grouped(
+    x: Tensor,
+    ids: Tensor,
+    gate_up: tuple[Tensor, ...],
+    gate_up_bias: Tensor | None,
+    down: tuple[Tensor, ...],
+    down_bias: Tensor | None,
+    inner: int,
+    size: int,
+    kind: str,
+    limit: float,
+) -> tuple[Tensor, Tensor]:
+    """Each pair's answer in the order of experts: (1, places, hidden), and the place of each pair."""
+    from slipstream.ops.moe.grouped import product
+
+    (tokens, hidden), top_k, device = x.shape, ids.shape[1], x.device
+    experts, places = _schedule(ids, down[0].shape[0], size, sort=True)
+    room = (experts.numel() - 1) * size
+    sorted = torch.empty(room, hidden, dtype=x.dtype, device=device)
+    between = torch.empty(room, inner, dtype=x.dtype, device=device)
+    kernels.gather[(tokens,)](
+        x.view(torch.int32), places, sorted.view(torch.int32), x.stride(0) // 2, hidden // 2,
+        top_k, triton.next_power_of_2(hidden // 2), **_chain(device),
+    )  # fmt: skip
+    product(sorted, gate_up, gate_up_bias, experts, between, size, kind, limit, _processors(device))
+    product(between, down, down_bias, experts, sorted, size, None, limit, _processors(device))
+    return sorted[None], places
+
+
+def _schedule(ids: Tensor, number: int, size: int, *, sort: bool = False) -> tuple[Tensor, Tensor]:
+    """The expert of each tile, as many as the worst case needs, and how many there are; the pairs of each or, to `sort`
+    them, the places of all pairs."""
     pairs = ids.numel()
     busy = min(pairs, number)
     most = busy + (pairs - busy) // size
-    order = torch.empty(most * size, dtype=torch.int32, device=ids.device)
-    tiles = torch.empty(most, dtype=torch.int32, device=ids.device)
+    found = torch.empty(pairs if sort else most * size, dtype=torch.int32, device=ids.device)
+    tiles = torch.empty(most + 1, dtype=torch.int32, device=ids.device)
     kernels.schedule[(number,)](
-        ids, tiles, order, pairs, most,
-        BINS=triton.next_power_of_2(number + 1), BLOCK_M=size, SIZE=min(1024, triton.next_power_of_2(pairs)),
-        **_chain(ids.device),
+        ids, tiles, found, pairs, most,
+        BINS=triton.next_power_of_2(number + 1), BLOCK_M=size, SORT=sort, SIZE=min(4096, triton.next_power_of_2(pairs)),
+        num_warps=8 if pairs > 1024 else 4, **_chain(ids.device),
     )  # fmt: skip
-    return tiles, order
+    return tiles, found
 
 
 def _product(
@@ -210,6 +263,14 @@ def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool) -> T
         if each <= most:
             return TABLE[f"up to {most}"]
     return TABLE["more" if packed else "more, dense"]
+
+
+def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...]) -> int:
+    """The pairs in a tile of the grouped product, or 0: tiles are faster, or it cannot be had. Measured as above."""
+    if x.dtype != torch.bfloat16 or len(down) != 2 or not _chain(x.device)["CHAIN"]:
+        return 0
+    each = pairs / number
+    return 0 if each <= 24 else 64 if each <= 48 else 128
 
 
 def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torch.device) -> int:
