@@ -108,7 +108,7 @@ def test_what_the_user_sets_stays(slipstream: Run, model: str) -> None:
 
 def test_what_the_benchmark_needs_is_set(slipstream: Run, model: str) -> None:
     got = slipstream(
-        "bench", "decode", model, "--batch-size", "2,70", "--input-len", 40, "--output-len", 2, "--json"
+        "bench", "decode", model, "--batch-size", "2,70", "--input-len", 40, "--output-len", 24, "--json"
     ).json
     assert got["chosen"]["max_num_seqs"] == got["plan"]["max_num_seqs"] == 70
     assert got["chosen"]["max_num_batched_tokens"] == 2800
