@@ -29,6 +29,7 @@ from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into, read_wei
 from slipstream.errors import CheckpointError
 from slipstream.ops import formats
 from slipstream.ops.formats import Weight as Matrix
+from slipstream.parallel.shares import WHOLE, Cut
 
 if TYPE_CHECKING:
     from slipstream.checkpoint.transfer import Card
@@ -43,12 +44,27 @@ _UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|^rope_freqs\.weight$
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a parameter: rows that are laid out alike, and what of them is here."""
+
+    format: str
+    sources: tuple[TensorInfo, ...]
+    shape: tuple[int, ...]
+    cut: Cut
+
+    @property
+    def local(self) -> tuple[int, ...]:
+        """The shape of what is here."""
+        return self.cut.shape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """One parameter of the model: where it comes from and in which format it will be held.
 
     `formats` has one name of `ops.formats` a source. `group` is how many weights share a scale where int4 is made.
     `shared` marks a head whose weight is the embedding's; `twin` is a head that lies in the file all the same, and must
-    be equal.
+    be equal. `shape` is that of the whole parameter, of which `cut` says what this rank has.
     """
 
     to: str
@@ -59,6 +75,7 @@ class Load:
     group: int = 0
     shared: bool = False
     twin: TensorInfo | None = None
+    cut: Cut = WHOLE
 
     @property
     def arrived(self) -> str:
@@ -73,15 +90,18 @@ class Load:
         """Packed weights that will be held as floats."""
         return any(f == "dense" and s.is_quantized for f, s in zip(self.formats, self.sources, strict=True))
 
-    def parts(self) -> Iterator[tuple[str, tuple[TensorInfo, ...], tuple[int, ...]]]:
-        """Neighbours that are laid out alike, and where they come from: (format, sources, shape). One part where all are."""
+    def parts(self) -> Iterator[Part]:
+        """Neighbours that are laid out alike. One part where all are."""
         layouts = _layouts(self.formats, self.sources)
         if len(set(layouts)) == 1:
-            yield self.formats[0], self.sources, self.shape
+            yield Part(self.formats[0], self.sources, self.shape, self.cut)
             return
+        first = 0
         for (format, _), pairs in itertools.groupby(zip(layouts, self.sources, strict=True), lambda pair: pair[0]):
             sources = tuple(source for _, source in pairs)
-            yield format, sources, (sum(s.shape[0] for s in sources), *self.shape[1:])
+            rows = range(first, first + sum(s.shape[0] for s in sources))
+            first = rows.stop
+            yield Part(format, sources, (len(rows), *self.shape[1:]), self.cut.within(rows))
 
 
 def _layouts(held: Sequence[str], sources: Sequence[TensorInfo]) -> list[tuple[str, int]]:
@@ -252,7 +272,10 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
     owner: Any = model.get_submodule(path)
     embed: Any = model.get_submodule("embed")
     if item.shared:
-        if item.twin is not None and not _same(embed.held, checkpoint.read_weight(item.twin.name)):
+        twin = None if item.twin is None else checkpoint.read_weight(item.twin.name)
+        if twin is not None and item.cut.ranges is not None:
+            twin = formats.cut(twin, item.cut.dim, item.cut.ranges)
+        if item.twin is not None and twin is not None and not _same(embed.held, twin):
             raise CheckpointError(
                 f"{checkpoint.path}: config.json ties the head to the embedding, but {item.twin.name} differs from "
                 f"{item.sources[0].name}; set tie_word_embeddings to false if the head is meant"
@@ -261,16 +284,30 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
         return
     parameter: Tensor = getattr(owner, leaf)
     if hasattr(owner, "accept") and leaf == "weight":
-        made = (_weight(read, item, *part, parameter.dtype) for part in item.parts())
+        made = [_weight(read, item, part, parameter.dtype) for part in item.parts() if 0 not in part.local]
         owner.accept(*(w.map(lambda t: t.to(device)) for w in made))
     else:
         data = _numbers(read, item, item.sources, item.shape, parameter.dtype)
+        if item.cut.ranges is not None:
+            data = formats.cut(Matrix("dense", data, item.shape), item.cut.dim, item.cut.ranges).data
+        if item.cut.zero:
+            data = torch.zeros_like(data)
         setattr(owner, leaf, nn.Parameter(data.to(device).contiguous(), requires_grad=False))
 
 
-def _weight(read: Read, item: Load, format: str, sources: Sequence[TensorInfo], shape: tuple[int, ...],
-            dtype: torch.dtype) -> Matrix:  # fmt: skip
-    """A part of a matrix in the format in which it is held."""
+def _weight(read: Read, item: Load, part: Part, dtype: torch.dtype) -> Matrix:
+    """What is here of a part of a matrix, in the format in which it is held."""
+    whole = _whole(read, item, part.format, part.sources, part.shape, dtype)
+    if part.cut.ranges is None:
+        return whole
+    try:
+        return formats.cut(whole, part.cut.dim, part.cut.ranges)
+    except ValueError as e:
+        raise CheckpointError(f"{item.sources[0].file}: {item.to} cannot be shared by so many ranks: {e}") from e
+
+
+def _whole(read: Read, item: Load, format: str, sources: Sequence[TensorInfo], shape: tuple[int, ...],
+           dtype: torch.dtype) -> Matrix:  # fmt: skip
     if format == "dense":
         return Matrix("dense", _numbers(read, item, sources, shape, dtype), shape)
     if item.rule.transform in ROWWISE:

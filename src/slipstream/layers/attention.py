@@ -15,6 +15,7 @@ from slipstream.layers.linear import Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
 from slipstream.ops.rope import Turns
+from slipstream.parallel.collectives import Together
 
 
 class Attention(nn.Module):
@@ -74,9 +75,17 @@ class Attention(nn.Module):
         out = self.ops.attention(
             q, keys, values, batch, group, scale=self.scale, softcap=self.softcap, sinks=self.sinks
         )
-        return self.out(out.reshape(tokens, self.heads * self.head_dim))
+        return self.ops.ranks.reduce(self.out(out.reshape(tokens, self.heads * self.head_dim)))
 
     def _norm_all(self, qkv: Tensor) -> Tensor:  # (tokens, heads + 2 * kv_heads, head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)
+        ranks = self.ops.ranks
+        if isinstance(ranks, Together):  # the mean is over the heads of all ranks
+            counted = k[:, torch.tensor(ranks.counted, device=k.device)]
+            sums = ranks.reduce(torch.stack([x.float().square().sum((1, 2)) for x in (q, counted)]))
+            for x, norm, total, width in zip((q, k), (self.q_norm, self.k_norm), sums, ranks.widths, strict=True):
+                root = torch.rsqrt(total / width + norm.eps)[:, None, None]
+                x.copy_(x.float() * root * norm.weight.float().view(1, -1, self.head_dim))
+            return qkv
         q, k = self.q_norm(q.flatten(1)).view(q.shape), self.k_norm(k.flatten(1)).view(k.shape)
         return torch.cat((q, k, v), 1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from slipstream.layers.ops import Ops
 from slipstream.ops.formats import Weight, decode
 from slipstream.ops.linear import LinearKernel
+from slipstream.parallel.collectives import Together
 
 
 class Linear(nn.Module):
@@ -120,6 +121,14 @@ class Embedding(nn.Module):
         self.weight, self.held = None, weight
 
     def forward(self, token_ids: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden)
+        ranks = self.ops.ranks
+        if not isinstance(ranks, Together):
+            return self._rows(token_ids)
+        own = token_ids - ranks.vocab.start
+        others = (own < 0) | (own >= len(ranks.vocab))
+        return ranks.reduce(self._rows(own.masked_fill(others, 0)).masked_fill(others[:, None], 0))
+
+    def _rows(self, token_ids: Tensor) -> Tensor:
         held = self.held
         if held is None:
             raise AssertionError("the embedding has not been loaded")

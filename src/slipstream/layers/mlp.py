@@ -14,12 +14,12 @@ class MLP(nn.Module):
 
     def __init__(self, ops: Ops, config: ModelConfig, *, bias: bool = False) -> None:
         super().__init__()
-        self.activation, self.kind = ops.activation, config.hidden_act
+        self.activation, self.kind, self.ranks = ops.activation, config.hidden_act, ops.ranks
         self.gate_up = Linear(ops, config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
-        return self.down(self.activation(self.gate_up(x), self.kind))
+        return self.ranks.reduce(self.down(self.activation(self.gate_up(x), self.kind)))
 
 
 class MoE(nn.Module):
@@ -44,7 +44,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.pick, self.experts, self.activation = ops.router, ops.experts, ops.activation
-        self.kind, self.limit = kind, config.swiglu_limit
+        self.kind, self.limit, self.ranks = kind, config.swiglu_limit, ops.ranks
         self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
         n, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.router = Linear(ops, hidden, n, bias=bias)
@@ -53,9 +53,10 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
         ids, weights = self.route(x)
-        return self.experts.kernel.experts(
+        out = self.experts.kernel.experts(
             x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
         )
+        return self.ranks.reduce(out)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token and their shares, (tokens, top_k) each."""

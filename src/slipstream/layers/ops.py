@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from slipstream.ops.linear import LinearKernel
 from slipstream.ops.moe import ExpertsKernel
+from slipstream.parallel.collectives import Alone, Together
 
 
 class ExpertsChoice:
@@ -35,6 +36,7 @@ class Ops:
     experts: ExpertsChoice
     linear: Callable[[str, int, int, bool], LinearKernel]
     dtype: torch.dtype
+    ranks: Alone | Together = field(default_factory=Alone)
     sample: Any = None
     pick: Any = None
     row_by_row: bool = False

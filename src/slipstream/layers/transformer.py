@@ -75,6 +75,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.embed_scale, self.row_by_row = config, ops.dtype, embed_scale, ops.row_by_row
+        self.ranks = ops.ranks
         self.embed = Embedding(ops, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_layers))
         self.norm = Norm(ops, config.hidden_size, config.rms_norm_eps, plus_one=plus_one)
@@ -94,7 +95,7 @@ class Transformer(nn.Module):
         if len(rows) < len(x):  # else they are all of them, in order
             x, delta = x[rows], None if delta is None else delta[rows]
         x = self.norm.add(x, delta)[1]
-        logits = self.head.wide(x)
+        logits = self.ranks.gather(self.head.wide(x))
         cap = self.config.final_logit_softcapping
         if cap is None or not len(logits):
             return logits

@@ -8,6 +8,7 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +29,9 @@ from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
+from slipstream.ops.formats.blocks import BLOCKS
+from slipstream.parallel.collectives import Together
+from slipstream.parallel.shares import Ranks, cut_of, local_config, share_of
 from slipstream.plan.fit import Fit
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
@@ -126,12 +130,32 @@ class _Memory:
     graphs_bytes: int
 
 
+def _unit(loads: tuple[Load, ...]) -> int:
+    """Inner columns of feed-forward layers that share a scale or a block, over all layers."""
+    unit = 1
+    for item in loads:
+        if item.to.endswith("mlp.down.weight"):
+            for format, source in zip(item.formats, item.sources, strict=True):
+                size = 32 if format == "mxfp4" else BLOCKS[format][1] if format in BLOCKS else 1
+                unit = math.lcm(unit, item.group or source.group or 128 if format == "int4" else size)
+    return unit
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelConfig | None = None) -> Plan:
-    """Decide everything for this model on this machine.
+def make_plan(
+    asked: EngineConfig,
+    checkpoint: Checkpoint,
+    model_config: ModelConfig | None = None,
+    ranks: Ranks | None = None,
+    group: Any = None,
+) -> Plan:
+    """Decide everything for this model on this machine, and for this rank of those that share it.
+
+    Args:
+        group: of torch.distributed, in which the ranks speak to each other.
 
     Raises:
         ConfigError: the device is not there.
@@ -150,12 +174,27 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     if asked.batch_invariant:
         why["batch_invariant"] = "asked for: every op runs in a way that gives a row the same bits in any batch"
     choices, ops_table = _choose(asked, config, hardware, dtype)
+    ranks = ranks or Ranks()
     model = home.build(ops_table, config)
     loads = plan_loads(asked, checkpoint, config, model, home, ops_table, hardware.device.split(":")[0], why)
+    local = config
+    if ranks.size > 1:
+        share = share_of(config, ranks, _unit(loads))
+        local = local_config(config, share)
+        rules = {item.to: item.rule.shard for item in loads}
+        loads = tuple(
+            replace(item, cut=cut_of(item.to, rules[item.to], item.shape, config, share, ranks)) for item in loads
+        )
+        ops_table = replace(ops_table, ranks=Together(group, config, ranks))
+        model = home.build(ops_table, local)
+        for item in loads:
+            have, want = item.cut.shape(item.shape), tuple(model.get_parameter(item.to).shape)
+            if have != want:
+                raise AssertionError(f"{item.to}: {have} of {item.shape} is here, and the layer has {want}")
     choices += _linear_choices(asked, loads, hardware, dtype)
     choices += _experts_choice(asked, model, ops_table, loads, hardware, dtype)
 
-    groups = home.cache_spec(config)
+    groups = home.cache_spec(local)
     held = tuple(held_bytes(item, ops_table) for item in loads)
     weights = sum(held)
     page_size = choose_page_size(asked, groups, why)
@@ -357,8 +396,8 @@ def _experts_choice(
         return []
     stacks = [part for item in loads if item.to.endswith(".weight") and len(item.shape) == 3 for part in item.parts()]
     case = _case(
-        asked, hardware, dtype, kinds={m.kind for m in layers}, formats={format for format, _, _ in stacks},
-        sizes={shape[1:] for _, _, shape in stacks},
+        asked, hardware, dtype, kinds={m.kind for m in layers}, formats={part.format for part in stacks},
+        sizes={part.local[1:] for part in stacks},
     )  # fmt: skip
     choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
     table.experts.kernel = choice.fn
@@ -371,7 +410,10 @@ def _linear_choices(
     found: dict[tuple[str, str], Choice] = {}
     for item in loads:
         if item.to.endswith(".weight") and len(item.shape) > 1 and item.to != "embed.weight":
-            for format, _, shape in item.parts():
+            for part in item.parts():
+                format, shape = part.format, part.local
+                if 0 in shape:
+                    continue
                 c = _linear(asked, hardware, dtype, format, shape[-2], shape[-1], item.shared)
                 found.setdefault((c.op, c.name), c)
     forced = asked.linear_implementation

@@ -139,12 +139,15 @@ def _refusal(refused: dict[str, str], loads: tuple[Load, ...], dtype: torch.dtyp
 def held_bytes(item: Load, ops: Ops) -> int:
     """Bytes in memory: as packed in the file, unless the kernel lays it out in a way of its own and says so."""
     total = 0
-    for format, sources, shape in item.parts():
+    for part in item.parts():
+        format, shape = part.format, part.local
+        if 0 in shape:
+            continue
         if format == "dense":
             total += 0 if item.shared else math.prod(shape) * ops.dtype.itemsize
             continue
         kernel = None if item.to == "embed.weight" else ops.linear(format, shape[-2], shape[-1], item.shared)
-        packed = packed_bytes(item, format, sources, shape)
+        packed = packed_bytes(item, format, part.sources, part.shape) * math.prod(shape) // math.prod(part.shape)
         own = None
         if kernel is not None and hasattr(kernel, "held_bytes"):
             own = kernel.held_bytes(format, shape, ops.dtype, packed)

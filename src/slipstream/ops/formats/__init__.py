@@ -59,6 +59,40 @@ def joined(turn: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Weight], 
     return Weight(parts[0].format, turn([p.data for p in parts]), shape, turn(scales) if scales else None)
 
 
+def cut(weight: Weight, dim: int, ranges: Sequence[range]) -> Weight:
+    """Parts of a weight, one after the other.
+
+    Args:
+        dim: 1 for inputs, 2 for rows, as counted from the end of the logical shape.
+
+    Raises:
+        ValueError: inputs that share a scale or a block would be cut apart.
+    """
+    import torch
+
+    at = len(weight.shape) - dim
+    shape = (*weight.shape[:at], sum(map(len, ranges)), *weight.shape[at + 1 :])
+
+    def take(t: Tensor, where: int, each: int, size: int = 1) -> Tensor:
+        """`size` of t's numbers along `where` stand for `each` inputs."""
+        if any(r.start % each or r.stop % each for r in ranges):
+            raise ValueError(f"{weight.format} cannot be cut within {each} inputs")
+        parts = [t.narrow(where, r.start // each * size, len(r) // each * size) for r in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, where)
+
+    if dim != 1:
+        return weight.map(lambda t: take(t, at, 1), shape)
+    width, data, scales = weight.shape[-1], weight.data, weight.scales
+    if scales is None:
+        _, values, bytes = BLOCKS.get(weight.format, (0, 1, 1))
+        return Weight(weight.format, take(data, at, values, bytes), shape)
+    if weight.format == "mxfp4":
+        return Weight("mxfp4", take(data, at, 32), shape, take(scales, at, 32))
+    share = width // scales.shape[-1]
+    codes = take(data, at, 1) if weight.format == "int8" else take(data, at, share, share // 2)
+    return Weight(weight.format, codes, shape, scales if weight.format == "int8" else take(scales, at, share))
+
+
 def packed_shapes(format: str, shape: tuple[int, ...], group: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of data and scales of a logical shape in one of MADE, in the units of the table above.
 

@@ -1,0 +1,56 @@
+"""What ranks say to each other while they compute. Every rank calls the same ones in the same order."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slipstream.config import ModelConfig
+from slipstream.parallel.shares import Ranks, part, share_of
+
+
+class Alone:
+    """One rank: nothing to say."""
+
+    size = 1
+
+    def reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Together:
+    """Ranks of a torch.distributed group.
+
+    Attributes:
+        vocab: rows of embedding and head that are here.
+        counted: of the key heads here, those that a sum over all ranks takes from this one, as others have them too.
+        widths: of all queries and of all keys of a token.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, config: ModelConfig, ranks: Ranks) -> None:
+        self.size, self._group = ranks.size, group
+        share = share_of(config, ranks)
+        self.vocab = share.vocab
+        self._widths = [len(part(config.vocab_size, Ranks(i, ranks.size))) for i in range(ranks.size)]
+        each = config.num_heads // config.num_kv_heads
+        kv = share.kv_heads
+        self.counted = [h * each in share.heads and h not in kv[:i] for i, h in enumerate(kv)]
+        self.widths = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, on all of them; x may be overwritten."""
+        x = x.contiguous()
+        dist.all_reduce(x, group=self._group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:  # (rows, own vocabulary) -> (rows, vocabulary)
+        most = max(self._widths)
+        if x.shape[1] < most:
+            x = torch.nn.functional.pad(x, (0, most - x.shape[1]))
+        parts = [torch.empty_like(x) for _ in self._widths]
+        dist.all_gather(parts, x.contiguous(), group=self._group)
+        return torch.cat([p[:, :width] for p, width in zip(parts, self._widths, strict=True)], 1)

@@ -1,0 +1,159 @@
+"""Which part of a model a rank has. Plain integers; no torch.
+
+Attention is cut by heads, feed-forward layers by their inner width, embedding and head by the vocabulary. Parts differ by one
+unit at most, where sizes do not divide: a unit is a head, or as many inner columns as share a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from slipstream.config import ModelConfig
+from slipstream.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands among `size` that share a model."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One rank's part.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: for each key head here, which of the model's it is. One is on several ranks where ranks outnumber them; it is
+            here more than once where the query heads of this rank do not fill whole groups.
+        inner, expert_inner: columns inside a dense feed-forward layer, and inside an expert.
+        vocab: rows of embedding and head.
+    """
+
+    heads: range
+    kv_heads: tuple[int, ...]
+    inner: range
+    expert_inner: range
+    vocab: range
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What of a parameter is here: these ranges of `dim`, one after the other.
+
+    Attributes:
+        dim: counted from the end: 1 is the last one (inputs of a matrix), 2 the one before (its outputs).
+        ranges: empty ranges are nothing; None is all of it.
+        zero: it is all here, as zeros: another rank has it, and what ranks compute is added up.
+    """
+
+    dim: int = 1
+    ranges: tuple[range, ...] | None = None
+    zero: bool = False
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """What is left of this shape."""
+        if self.ranges is None:
+            return whole
+        at = len(whole) - self.dim
+        return (*whole[:at], sum(map(len, self.ranges)), *whole[at + 1 :])
+
+    def within(self, rows: range) -> Cut:
+        """The same of some rows of a matrix alone, counted from the first of them."""
+        if self.ranges is None or self.dim != 2:
+            return self
+        found = (range(max(r.start, rows.start) - rows.start, min(r.stop, rows.stop) - rows.start) for r in self.ranges)
+        return Cut(2, tuple(r for r in found if len(r)), self.zero)
+
+
+WHOLE = Cut()
+
+
+def part(total: int, ranks: Ranks, unit: int = 1) -> range:
+    """A rank's part of `total`, in whole units; the first ranks have one more where it does not divide."""
+    count = -(-total // unit)
+    each, more = divmod(count, ranks.size)
+    start = ranks.rank * each + min(ranks.rank, more)
+    end = start + each + (ranks.rank < more)
+    return range(min(start * unit, total), min(end * unit, total))
+
+
+def share_of(config: ModelConfig, ranks: Ranks, unit: int = 1) -> Share:
+    """Args:
+        unit: inner columns that are not cut apart.
+
+    Raises:
+        ConfigError: there are more ranks than heads, or than units.
+    """
+    heads = part(config.num_heads, ranks)
+    inner, expert_inner = part(config.intermediate_size, ranks, unit), part(config.moe_intermediate_size, ranks, unit)
+    dense = any(not layer.moe for layer in config.layers)
+    if not heads or (dense and not inner) or (config.num_experts and not expert_inner):
+        raise ConfigError(
+            f"tensor_parallel_size: {ranks.size} ranks are more than the {config.num_heads} heads, or than the inner columns in "
+            f"units of {unit}; take fewer"
+        )
+    group = config.num_heads // config.num_kv_heads
+    kv = range(heads.start // group, (heads.stop - 1) // group + 1)
+    filled = len(kv) == 1 or (heads.start % group == 0 and heads.stop % group == 0)
+    kv_heads = tuple(kv) if filled else tuple(h // group for h in heads)
+    return Share(heads, kv_heads, inner, expert_inner, part(config.vocab_size, ranks))
+
+
+def local_config(config: ModelConfig, share: Share) -> ModelConfig:
+    """The sizes of the layers on this rank."""
+    return replace(
+        config,
+        vocab_size=len(share.vocab),
+        num_heads=len(share.heads),
+        num_kv_heads=len(share.kv_heads),
+        intermediate_size=len(share.inner),
+        moe_intermediate_size=len(share.expert_inner),
+    )
+
+
+def cut_of(to: str, shard: str | None, shape: tuple[int, ...], config: ModelConfig, share: Share, ranks: Ranks) -> Cut:
+    """What this rank has of a parameter.
+
+    Args:
+        to: its name.
+        shard: as its rule says.
+        shape: of all of it.
+    """
+    if ranks.size == 1:
+        return WHOLE
+    dim, bias = config.head_dim, to.endswith("bias")
+    row = 1 if bias else 2  # where outputs are
+    if shard == "vocab":
+        return Cut(row, (share.vocab,))
+    if to.endswith("attention.sinks"):
+        return Cut(1, (share.heads,))
+    if ".qkv." in to:
+        q, k, v = 0, config.num_heads * dim, (config.num_heads + config.num_kv_heads) * dim
+        return Cut(row, (_scale(share.heads, dim, q), *(_one(h, dim, at) for at in (k, v) for h in share.kv_heads)))
+    if to.endswith((".q_norm.weight", ".k_norm.weight")) and shape[0] != dim:
+        ranges: Iterable[range] = [share.heads] if ".q_norm." in to else (range(h, h + 1) for h in share.kv_heads)
+        return Cut(1, tuple(_scale(r, dim, 0) for r in ranges))
+    if to.endswith("attention.out.weight"):
+        return Cut(1, (_scale(share.heads, dim, 0),))
+    inner, width = share.inner, config.intermediate_size
+    if shard == "expert":
+        inner, width = share.expert_inner, config.moe_intermediate_size
+    if ".gate_up." in to:
+        return Cut(row, (inner, range(width + inner.start, width + inner.stop)))
+    if to.endswith("mlp.down.weight"):
+        return Cut(1, (inner,))
+    if to.endswith(("attention.out.bias", "mlp.down.bias")):
+        return Cut(zero=ranks.rank > 0)
+    return WHOLE
+
+
+def _scale(heads: range, dim: int, first: int) -> range:
+    return range(first + heads.start * dim, first + heads.stop * dim)
+
+
+def _one(head: int, dim: int, first: int) -> range:
+    return range(first + head * dim, first + (head + 1) * dim)

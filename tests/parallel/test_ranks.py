@@ -1,0 +1,87 @@
+"""Ranks that share a model give the logits of one that has all of it. They speak to each other through gloo, on CPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream.parallel.shares import Ranks
+from tests.parallel.one_rank import logits
+from tests.parity.test_mxfp4 import publish
+from tests.parity.tiny import TINY, save
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(size: int, folders: list[Path], out: Path, **options: Any) -> list[dict[str, Any]]:
+    """What each rank says of each folder."""
+    out.mkdir()
+    command = [sys.executable, "-m", "tests.parallel.one_rank"]
+    words = [str(size), str(out / "store"), str(out), json.dumps(options), *map(str, folders)]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([*command, str(i), *words], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for i in range(size)
+    ]
+    errors = [r.communicate(timeout=280)[1] for r in ranks]
+    assert not any(r.returncode for r in ranks), "\n".join(errors)
+    return [json.loads((out / f"said-{i}.json").read_text()) for i in range(size)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    home = tmp_path_factory.mktemp("ranks")
+    for name in TINY:
+        save(name, home / name)
+    return [home / name for name in TINY]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_logits_of_every_architecture(folders: list[Path], tmp_path: Path, size: int) -> None:
+    said = run(size, folders, tmp_path / "out")
+    for folder in folders:
+        want, whole = logits(folder, Ranks(), {})
+        got = torch.load(tmp_path / "out" / f"{folder.name}.pt")
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4, msg=lambda text, f=folder: f"{f.name}: {text}")
+        parts = [rank[str(folder)]["weights"] for rank in said]
+        assert max(parts) < 0.75 * whole["weights"], folder.name
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_blocks_are_not_cut_apart(tmp_path: Path, size: int) -> None:
+    """Five blocks of 32 columns inside an expert, for two, three and four ranks; and what is quantized while it loads."""
+    home = tmp_path / "gpt_oss"
+    sized(home, "gpt_oss")
+    publish(home)
+    folders, options = [home], {"page_size": 3, "max_num_batched_tokens": 7}
+    said = run(size, folders, tmp_path / "out", **options)
+    want, whole = logits(home, Ranks(), options)
+    for mine, theirs in zip(torch.load(tmp_path / "out" / "gpt_oss.pt"), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert sum(rank[str(home)]["weights"] for rank in said) < 1.3 * whole["weights"]
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "int8", "int4"])
+def test_quantized_while_loading(tmp_path: Path, format: str) -> None:
+    sized(tmp_path / "llama", "llama")
+    run(2, [tmp_path / "llama"], tmp_path / "out", quantization=format)
+    want, _ = logits(tmp_path / "llama", Ranks(), {"quantization": format})
+    for mine, theirs in zip(torch.load(tmp_path / "out" / "llama.pt"), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+def sized(folder: Path, name: str) -> None:
+    """A checkpoint whose sizes blocks of 32 fit, an odd number of times."""
+    kind, changes = TINY[name]
+    sizes = {"hidden_size": 160, "intermediate_size": 160, "head_dim": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TINY, name, (kind, changes | sizes))
+        save(name, folder)
