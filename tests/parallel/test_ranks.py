@@ -81,7 +81,7 @@ def test_quantized_while_loading(tmp_path: Path, format: str) -> None:
 def sized(folder: Path, name: str) -> None:
     """A checkpoint whose sizes blocks of 32 fit, an odd number of times."""
     kind, changes = TINY[name]
-    sizes = {"hidden_size": 160, "intermediate_size": 160, "head_dim": 32}
+    sizes = {"hidden_size": 192, "intermediate_size": 160, "head_dim": 32}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TINY, name, (kind, changes | sizes))
         save(name, folder)
