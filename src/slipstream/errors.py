@@ -55,3 +55,9 @@ class TrustError(SlipstreamError):
     """Something that is not pinned and verified was about to be executed."""
 
     exit_code = 6
+
+
+class RankError(SlipstreamError):
+    """A rank that shares the model died, hangs, or ran out of memory; the message names it and has its last log lines."""
+
+    exit_code = 7

@@ -62,9 +62,11 @@ class LLM:
             torch.set_num_threads(asked.num_threads)
         from slipstream.checkpoint.load import load
         from slipstream.engine.engine import Engine
+        from slipstream.engine.worker import Crew
         from slipstream.plan import make_plan
 
-        self.plan = make_plan(asked, checkpoint, self.model_config)
+        crew = Crew(asked, str(path)) if asked.tensor_parallel_size > 1 else None
+        self.plan = make_plan(asked, checkpoint, self.model_config) if crew is None else crew.plan(checkpoint)
         with ThreadPoolExecutor(1) as beside:  # reading weights leaves the interpreter free
             building = beside.submit(_tokenizer, checkpoint)
             began = time.perf_counter()
@@ -73,7 +75,7 @@ class LLM:
             self.tokenizer = building.result()
         self.default_params = _default_params(checkpoint.generation_config)
         eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)
-        self.engine = Engine(self.plan, self.tokenizer, eos)
+        self.engine = Engine(self.plan, self.tokenizer, eos, crew)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str too; the first one wins

@@ -23,6 +23,7 @@ class EngineConfig:
             packed weights to dtype; mxfp4, int8 and int4 quantize linear layers and experts while they load.
         weights: checkpoint reads them; random draws them on the device, in the shapes and formats of config.json, so that a model
             can be measured before it is downloaded. What it writes is noise.
+        tensor_parallel_size: ranks that share the model, each with a part of every layer; a GPU each, or a process each on a CPU.
         max_model_len: longest prompt + answer, tokens.
         max_num_seqs: requests that run together; None is 256 on a GPU with much free memory, else 64.
         max_num_batched_tokens: tokens computed in one step; None is 8192 there, else 2048.
@@ -48,6 +49,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str = "auto"
     weights: str = "checkpoint"
+    tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -84,7 +86,7 @@ class EngineConfig:
             raise ConfigError(f"device: must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
         for name, low in (
             ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("page_size", 1), ("max_model_len", 1),
-            ("kv_cache_memory_bytes", 1), ("num_threads", 1), ("seed", 0),
+            ("kv_cache_memory_bytes", 1), ("num_threads", 1), ("seed", 0), ("tensor_parallel_size", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from slipstream.cache.pages import Pages
 from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.engine.snapshot import Rate, Snapshot, take_snapshot
+from slipstream.engine.worker import Crew, Leader
 from slipstream.errors import RequestError
 from slipstream.plan import Plan
 from slipstream.request import Completion, FinishReason, Metrics, Request, RequestOutput, Step, as_token_ids
@@ -100,11 +101,15 @@ class Engine:
         plan: from `make_plan`, its model filled by `checkpoint.load`.
         tokenizer: turns tokens into text.
         eos_token_ids: the model's own end tokens.
+        crew: the other ranks that share the model.
     """
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, plan: Plan, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], crew: Crew | None = None
+    ) -> None:
         self.plan, self.tokenizer, self.eos_token_ids = plan, tokenizer, eos_token_ids
-        self.runner = Runner(plan, plan.model)
+        runner = Runner(plan, plan.model)
+        self.runner = runner if crew is None else Leader(runner, crew)
         self.scheduler = Scheduler(
             Pages(plan.groups, plan.num_pages, plan.page_size),
             max_num_seqs=plan.max_num_seqs,
