@@ -78,7 +78,11 @@ class LLM:
             raise
 
     def _load(
-        self, checkpoint: Checkpoint, asked: EngineConfig, crew: Crew | None, progress: Callable[[int, int], None] | None
+        self,
+        checkpoint: Checkpoint,
+        asked: EngineConfig,
+        crew: Crew | None,
+        progress: Callable[[int, int], None] | None,
     ) -> None:
         from slipstream.checkpoint.load import load
         from slipstream.plan import make_plan

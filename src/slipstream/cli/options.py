@@ -210,7 +210,8 @@ class EngineOptions:
         _engine("random draws them in the shapes of config.json, to measure a model unseen. Default: checkpoint."),
     ] = None
     tensor_parallel_size: Annotated[
-        int | None, _engine("Ranks that share the model: a GPU each, or a process each on a CPU. Default: 1.", metavar="N")
+        int | None,
+        _engine("Ranks that share the model: a GPU each, or a process each on a CPU. Default: 1.", metavar="N"),
     ] = None
     max_model_len: Annotated[
         int | None, _engine("Longest prompt + answer. Default: the model's own, if memory allows.", metavar="TOKENS")

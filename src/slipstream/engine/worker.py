@@ -25,7 +25,15 @@ from slipstream.checkpoint.open import Checkpoint, open_checkpoint, open_random
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.errors import ConfigError
-from slipstream.parallel.launch import Others, connect, find_front, launchers_store, one_machine, place, refuse_other_size
+from slipstream.parallel.launch import (
+    Others,
+    connect,
+    find_front,
+    launchers_store,
+    one_machine,
+    place,
+    refuse_other_size,
+)
 from slipstream.parallel.link import Link
 from slipstream.parallel.shares import Ranks
 from slipstream.plan import Plan, make_plan
@@ -169,7 +177,9 @@ def _with_threads(asked: EngineConfig) -> EngineConfig:
     """Ranks on a CPU share its cores."""
     if asked.num_threads is not None or _on_gpus(asked):
         return asked
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", asked.tensor_parallel_size)) if place() else asked.tensor_parallel_size
+    beside = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", asked.tensor_parallel_size)) if place() else asked.tensor_parallel_size
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return dataclasses.replace(asked, num_threads=max(1, min(torch.get_num_threads(), cores // beside)))
 

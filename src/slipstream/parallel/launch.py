@@ -70,7 +70,9 @@ class _Rank:
         if self.log is None:
             return ""
         size = os.fstat(self.log.fileno()).st_size
-        text = os.pread(self.log.fileno(), 1 << 14, max(0, size - (1 << 14)))  # its place in the file stays, it is shared
+        text = os.pread(
+            self.log.fileno(), 1 << 14, max(0, size - (1 << 14))
+        )  # its place in the file stays, it is shared
         lines = text.decode(errors="replace").strip().splitlines()[-LINES:]
         return "; the last that it wrote:\n" + "\n".join(lines) if lines else "; it wrote nothing"
 
@@ -103,7 +105,12 @@ class Others:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         self.store = dist.TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=MEETING, master_listen_fd=listener.detach()
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=MEETING,
+            master_listen_fd=listener.detach(),
         )
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         if (threads := words["asked"].get("num_threads")) is not None:
@@ -113,7 +120,7 @@ class Others:
             log = tempfile.TemporaryFile("ab+")  # noqa: SIM115  # closed in `close`
             with there:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "slipstream.engine.rank", str(there.fileno())], env=environment,
+                    [sys.executable, "-m", "slipstream.engine.rank", str(rank), str(there.fileno())], env=environment,
                     pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True,  # Ctrl-C reaches rank 0 alone, which ends the others
                 )  # fmt: skip
