@@ -73,7 +73,7 @@ class Front:
 
 
 def listening(pids: list[int]) -> set[str]:
-    """Local addresses at which these processes listen."""
+    """The sockets on which these processes listen."""
     inodes = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -81,8 +81,12 @@ def listening(pids: list[int]) -> set[str]:
                 inodes.add(os.readlink(link))
             except OSError:
                 continue
+    return inodes & open_ports()
+
+
+def open_ports() -> set[str]:
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+    return {f"socket:[{row[9]}]" for row in rows if row[3] == "0A"}
 
 
 def lives(pid: int) -> bool:
@@ -106,7 +110,7 @@ def one_round(folder: Path, what: signal.Signals, moment: str, rank: int, seed: 
     front = Front(folder)
     try:
         front.reach(moment)
-        while rank not in front.ranks():  # it is about to be started
+        while max(rank, 1) not in front.ranks():  # it is about to be started; rank 0 alone is no matter of ours
             assert front.process.poll() is None, front.lines
             time.sleep(0.005)
         time.sleep(draw.random() * (2.0 if moment == "starts" else 0.4))
@@ -128,9 +132,7 @@ def one_round(folder: Path, what: signal.Signals, moment: str, rank: int, seed: 
             took += gone_within(pids, WITHIN)
         left = front.ranks().keys() - {0}
         assert not left, left
-        now = {line.split()[1] for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()
-               if line.split()[3] == "0A"}  # fmt: skip
-        assert not ports & now
+        assert not ports & open_ports()
         return took
     except BaseException as e:
         e.add_note(f"{what.name} of rank {rank} at {moment!r}, seed {seed}; it said {front.lines}")

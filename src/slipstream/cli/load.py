@@ -18,7 +18,7 @@ def load_llm(model: str, options: EngineOptions) -> LLM:
     """The model, fetched if it is not here yet. A wrong option is told before anything is fetched."""
     engine = options.changes()
     if "WORLD_SIZE" in os.environ:
-        from slipstream.parallel.launch import refuse_other_size
+        from slipstream.parallel.launcher import refuse_other_size
 
         refuse_other_size(engine.get("tensor_parallel_size", 1))
     with Bar() as bar:

@@ -94,10 +94,7 @@ def run(arguments: list[str] | None = None) -> int:
     # Under torchrun every rank runs this command. Rank 0 is the front; it tells the others what it wants of them.
     shared = "RANK" in os.environ and any(w.startswith("--tensor-parallel-size") for w in words)
     try:
-        if shared and os.environ["RANK"] != "0":
-            from slipstream.engine.worker import attend
-
-            attend()
+        if shared and not _is_front():
             return 0
         code = build()(arguments, prog_name="slipstream", standalone_mode=False)
         sys.stdout.flush()
@@ -115,9 +112,22 @@ def run(arguments: list[str] | None = None) -> int:
         return _closed_pipe()
     finally:
         if shared and os.environ["RANK"] == "0":
-            from slipstream.parallel.launch import dismiss
+            from slipstream.parallel.launcher import dismiss
 
             dismiss()
+
+
+def _is_front() -> bool:
+    """Under torchrun, whether this is rank 0. In another rank it leaves when rank 0 wants nothing of it, or not at all."""
+    from slipstream.parallel.launcher import STARTING, announce
+
+    if os.environ["RANK"] == "0":
+        announce()
+        return True
+    from slipstream.engine.worker import attend
+
+    attend(STARTING)
+    return False
 
 
 def _closed_pipe() -> int:

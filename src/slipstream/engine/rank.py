@@ -8,13 +8,13 @@ from __future__ import annotations
 import socket
 import sys
 
-from slipstream.parallel.link import Link, obey
+from slipstream.parallel.link import SILENCE, Link, obey
 
 
 def main() -> None:
     link = Link(socket.socket(fileno=int(sys.argv[2])))
-    said = link.first()
-    if said is None:  # rank 0 is gone already
+    said = link.first(SILENCE)
+    if said is None:  # rank 0 is gone already, or hangs
         return
     obey(link)
     from slipstream.engine.worker import serve

@@ -25,15 +25,8 @@ from slipstream.checkpoint.open import Checkpoint, open_checkpoint, open_random
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.errors import ConfigError
-from slipstream.parallel.launch import (
-    Others,
-    connect,
-    find_front,
-    launchers_store,
-    one_machine,
-    place,
-    refuse_other_size,
-)
+from slipstream.parallel.launch import Others, connect
+from slipstream.parallel.launcher import find_front, launchers_store, one_machine, place, refuse_other_size
 from slipstream.parallel.link import Link
 from slipstream.parallel.shares import Ranks
 from slipstream.plan import Plan, make_plan
@@ -265,8 +258,8 @@ def gather(asked: EngineConfig, model: str) -> Crew | None:
     return Crew(asked, model)
 
 
-def attend() -> None:
+def attend(patience: float | None = None) -> None:
     """Under a launcher, in a rank that is not the first: serve rank 0, if it wants anything; leaves only where it does not."""
-    found = find_front()
+    found = find_front() if patience is None else find_front(patience)
     if found is not None:
         serve(*found)

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
@@ -31,15 +30,14 @@ import torch.distributed as dist
 
 from slipstream import errors
 from slipstream.errors import ConfigError, RankError, SlipstreamError
-from slipstream.parallel.link import SILENCE, STARTING, Link, obey
+from slipstream.parallel.launcher import COMING, FRONT, launchers_store, local, one_machine, whoami
+from slipstream.parallel.link import SILENCE, STARTING, Link
 from slipstream.parallel.shares import Ranks
 
 T = TypeVar("T")
 FOREVER = timedelta(days=999)  # between two requests; who is gone is noticed otherwise
 MEETING = timedelta(seconds=20)  # to connect with ranks that are known to be there
-COMING = 120.0  # seconds in which ranks that torchrun started find rank 0
 LINES = 8  # of a rank's log in an error
-FRONT = "slipstream/front"  # in the store: where rank 0 listens
 
 
 @dataclass(eq=False)
@@ -132,27 +130,29 @@ class Others:
 
         Raises:
             RankError: one does not come.
+            ConfigError: they came for another model before.
         """
         self._joined = True
         here = one_machine(self._size)
         host = "127.0.0.1" if here else os.environ["MASTER_ADDR"]
         self.store = launchers_store()
+        if self.store.check([FRONT]):
+            raise ConfigError(
+                "tensor_parallel_size: the ranks of this launch have served a model already; launch again"
+            )
         key = secrets.token_hex(16)  # on a network anybody may knock
+        end = time.monotonic() + COMING
+        threading.Thread(target=self._watch, daemon=True).start()
         with socket.create_server(("127.0.0.1" if here else "", 0)) as listener:
             listener.settimeout(0.1)
-            self.store.set(FRONT, json.dumps([host, listener.getsockname()[1], key]))
-            came: dict[int, _Rank] = {}
-            end = time.monotonic() + COMING
-            while len(came) < self._size - 1:
+            self.store.set(FRONT, json.dumps([host, listener.getsockname()[1], key, *whoami()]))
+            while missing := {*range(1, self._size)} - {r.rank for r in self.ranks}:
+                self.check()
                 if time.monotonic() > end:
-                    missing = sorted(set(range(1, self._size)) - came.keys())
-                    raise RankError(f"rank {missing[0]} did not find rank 0 within {COMING:.0f} s; see what it wrote")
-                with contextlib.suppress(TimeoutError, ValueError, TypeError, OSError):
+                    raise RankError(f"rank {min(missing)} did not find rank 0 within {COMING:.0f} s; see what it wrote")
+                with contextlib.suppress(ValueError, TypeError, OSError):  # nobody yet, or a stranger
                     rank = _welcome(listener.accept()[0], key)
-                    came[rank.rank] = rank
-        for _, rank in sorted(came.items()):
-            self._greet(rank, {**words, "rank": rank.rank})
-        threading.Thread(target=self._watch, daemon=True).start()
+                    self._greet(rank, {**words, "rank": rank.rank})
 
     def _greet(self, rank: _Rank, words: Mapping[str, Any]) -> None:
         self.ranks.append(rank)
@@ -292,86 +292,13 @@ def _ended(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
-# -- under torchrun ----------------------------------------------------------------------------------------------------
-
-
-def place() -> Ranks | None:
-    """Where a launcher such as torchrun has put this process; None: it was started alone."""
-    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    return Ranks(int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else None
-
-
-def one_machine(size: int) -> bool:
-    """Whether all ranks are on this one."""
-    return place() is None or os.environ.get("LOCAL_WORLD_SIZE") == str(size)
-
-
-def refuse_other_size(size: int) -> None:
-    """Raises ConfigError: torchrun has started another number of ranks than are to share the model."""
-    here = place()
-    if here is not None and here.size != size:
-        raise ConfigError(
-            f"tensor_parallel_size: {size}, but the launcher has started {here.size} ranks (WORLD_SIZE); make both the same, or "
-            f"start the program alone"
-        )
-
-
-def find_front() -> tuple[Link, dict[str, Any]] | None:
-    """In a rank that a launcher has started: the link to rank 0, and what it says. None: it needs no other rank."""
-    here = place()
-    assert here is not None
-    store = launchers_store()
-    while not store.check([FRONT]):  # it may have a model to fetch first; if it dies, the launcher ends this rank
-        time.sleep(0.1)
-    host, port, key = json.loads(store.get(FRONT))
-    if key is None:
-        return None
-    link = Link(socket.create_connection((host, port), COMING))
-    link.say("hello", [here.rank, key, os.getpid(), _machine()])
-    link.unlimited()
-    said = link.first()
-    if said is None:
-        raise RankError("rank 0 is gone")
-    obey(link)
-    return link, {**said, "local": int(os.environ.get("LOCAL_RANK", here.rank))}
-
-
-def dismiss() -> None:
-    """On rank 0: tell those that wait for it that it needs them no more, if it never did."""
-    with contextlib.suppress(RuntimeError):
-        store = launchers_store()
-        if not store.check([FRONT]):
-            store.set(FRONT, json.dumps(["", 0, None]))
-
-
 def _welcome(end: socket.socket, key: str) -> _Rank:
-    end.settimeout(5)
+    """Raises ValueError, TypeError: it is none of us."""
     link = Link(end)
-    rank, said, pid, machine = link.first()
+    rank, said, pid, machine = link.first(5)
     if not secrets.compare_digest(str(said), key):
         raise ValueError("it does not know the key")
-    link.unlimited()
-    return _Rank(int(rank), link, pid=int(pid) if machine == _machine() else None)
-
-
-_kept: list[dist.Store] = []
-
-
-def launchers_store() -> dist.Store:
-    if not _kept:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=COMING)))
-        _kept.append(dist.PrefixStore("slipstream", store))
-    return _kept[0]
-
-
-def _machine() -> str:
-    """The same for processes that can signal each other."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    return socket.gethostname()
-
-
-# -- groups ------------------------------------------------------------------------------------------------------------
+    return _Rank(int(rank), link, pid=local(int(pid), machine))
 
 
 def connect(

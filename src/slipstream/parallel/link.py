@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -53,14 +54,15 @@ class Link:
             self._said.wait_for(lambda: name in self._words)
         return self._words[name]
 
-    def first(self) -> Any:
-        """Before `start`: the first thing that is said, whatever its name. None: there is nothing."""
-        line = self._reader.readline()
-        return next(iter(json.loads(line).values())) if line.strip() else None
-
-    def unlimited(self) -> None:
-        """Reading and writing wait as long as it takes."""
+    def first(self, seconds: float) -> Any:
+        """Before `start`: the first thing that is said, whatever its name. None: nothing was, in this time."""
+        self._end.settimeout(seconds)
+        try:
+            line = self._reader.readline()
+        except OSError:
+            return None
         self._end.settimeout(None)
+        return next(iter(json.loads(line).values())) if line.strip() else None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -85,8 +87,12 @@ class Link:
         self.closed = True
 
 
-def obey(link: Link) -> None:
-    """In a rank that is not the first: keep saying that it lives, and end this process when rank 0 is gone, hangs or says so."""
+def obey(link: Link, front: int | None = None) -> None:
+    """In a rank that is not the first: keep saying that it lives, and end this process when rank 0 is gone, hangs or says so.
+
+    Args:
+        front: rank 0's process, if it is to be killed when it hangs, as launchers wait long for such.
+    """
 
     def watch() -> None:
         while (end := link.said("end")) is None and not link.closed and time.monotonic() - link.heard < SILENCE:
@@ -96,6 +102,9 @@ def obey(link: Link) -> None:
         if end is None:
             how = "is gone" if link.closed else f"has said nothing for {SILENCE:.0f} s"
             end = f"rank 0 {how}, so this rank ends too"
+            if front is not None and not link.closed:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(front, signal.SIGKILL)
         if end:
             print(f"error: {end}", file=sys.stderr, flush=True)
         os._exit(LOST if end else 0)
