@@ -1,4 +1,4 @@
-"""The program of a rank that rank 0 starts on its machine: `python -m slipstream.engine.rank RANK SOCKET`.
+"""The program of a rank that rank 0 starts on its machine; its arguments end in `slipstream.engine.rank RANK SOCKET`.
 
 It says that it lives before it imports torch, which may take seconds. RANK is for those who look at a list of processes.
 """
@@ -12,7 +12,7 @@ from slipstream.parallel.link import SILENCE, Link, obey
 
 
 def main() -> None:
-    link = Link(socket.socket(fileno=int(sys.argv[2])))
+    link = Link(socket.socket(fileno=int(sys.argv[3])))
     said = link.first(SILENCE)
     if said is None:  # rank 0 is gone already, or hangs
         return
@@ -20,7 +20,3 @@ def main() -> None:
     from slipstream.engine.worker import serve
 
     serve(link, said)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
@@ -37,6 +38,16 @@ from slipstream.parallel.shares import Ranks
 T = TypeVar("T")
 FOREVER = timedelta(days=999)  # between two requests; who is gone is noticed otherwise
 MEETING = timedelta(seconds=20)  # to connect with ranks that are known to be there
+ROOT = str(Path(errors.__file__).parents[1])
+PROGRAM = """  # finds this same slipstream, and then what rank 0 finds; its script's folder hides no module of Python's
+import json, sys
+path = json.loads(sys.argv.pop())
+sys.path.insert(0, path[0])
+import slipstream
+sys.path[:] = [*sys.path[1:], *(p for p in path if p not in sys.path[1:])]
+from slipstream.engine.rank import main
+main()
+"""
 LINES = 8  # of a rank's log in an error
 
 
@@ -92,7 +103,7 @@ class Others:
         self.store: dist.Store | None = None
         self.ranks: list[_Rank] = []
         self._size, self._waiting, self._joined = size, 0, False
-        self._closed, self._closing = False, threading.RLock()
+        self._closed, self._changing = False, threading.RLock()
 
     def start(self, words: Mapping[str, Any]) -> None:
         """Start them on this machine.
@@ -110,16 +121,17 @@ class Others:
             timeout=MEETING,
             master_listen_fd=listener.detach(),
         )
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        environment, path = dict(os.environ), json.dumps([p or os.getcwd() for p in (ROOT, *sys.path)])
         if (threads := words["asked"].get("num_threads")) is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         for rank in range(1, self._size):
             here, there = socket.socketpair()
             log = tempfile.TemporaryFile("ab+")  # noqa: SIM115  # closed in `close`
             with there:
+                arguments = ("slipstream.engine.rank", str(rank), str(there.fileno()), path)
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "slipstream.engine.rank", str(rank), str(there.fileno())], env=environment,
-                    pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    [sys.executable, "-P", "-c", PROGRAM, *arguments], env=environment, pass_fds=[there.fileno()],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     start_new_session=True,  # Ctrl-C reaches rank 0 alone, which ends the others
                 )  # fmt: skip
             self._greet(_Rank(rank, Link(here), process, log), {**words, "rank": rank, "local": rank, "port": port})
@@ -172,25 +184,28 @@ class Others:
 
     def fail(self, rank: _Rank | None, what: str) -> None:
         """End all of them because of this one (None: rank 0)."""
-        if self.failure is not None:
-            return
-        if rank is None:
-            failure: SlipstreamError = RankError(f"rank 0 {what}")
-        elif (said := rank.link.said("error")) and _typed(said[0]) and not rank.link.said("ready"):
-            failure = _typed(said[0])(said[1])
-            failure.add_note(f"rank {rank.rank} says so")
-        else:
-            rank.kill()  # which frees others that wait for it
-            failure = RankError(f"rank {rank.rank} {what}{rank.last_lines()}")
-        self.failure = failure
+        with self._changing:
+            if self.failure is not None:
+                return
+            self.failure = self._failure(rank, what)
         if self._joined:  # the launcher may end this rank before it can say why
-            print(f"error: {failure}", file=sys.stderr, flush=True)
+            print(f"error: {self.failure}", file=sys.stderr, flush=True)
         for other in self.ranks:
-            other.link.say("end", str(failure))
+            other.link.say("end", str(self.failure))
         for other in self.ranks:
             if other.process is not None:
                 other.kill()
         self._free()
+
+    def _failure(self, rank: _Rank | None, what: str) -> SlipstreamError:
+        if rank is None:
+            return RankError(f"rank 0 {what}")
+        if (said := rank.link.said("error")) and _typed(said[0]) and not rank.link.said("ready"):
+            failure: SlipstreamError = _typed(said[0])(said[1])
+            failure.add_note(f"rank {rank.rank} says so")
+            return failure
+        rank.kill()  # which frees others that wait for it
+        return RankError(f"rank {rank.rank} {what}{rank.last_lines()}")
 
     def _free(self) -> None:
         """Let go whoever on this rank waits for one that is gone. On GPUs this was not tried on a card yet."""
@@ -262,7 +277,7 @@ class Others:
 
     def close(self) -> None:
         """End all ranks but this one."""
-        with self._closing:
+        with self._changing:
             if self._closed:
                 return
             self._closed = True

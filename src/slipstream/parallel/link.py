@@ -91,11 +91,14 @@ def obey(link: Link, front: int | None = None) -> None:
     """In a rank that is not the first: keep saying that it lives, and end this process when rank 0 is gone, hangs or says so.
 
     Args:
-        front: rank 0's process, if it is to be killed when it hangs, as launchers wait long for such.
+        front: rank 0's process, if it is to be killed when it hangs, as launchers wait long for such. None: it is a user's, whose
+            own work may leave no room for signs of life, so only one that was stopped has said nothing for too long.
     """
 
     def watch() -> None:
-        while (end := link.said("end")) is None and not link.closed and time.monotonic() - link.heard < SILENCE:
+        while (end := link.said("end")) is None and not link.closed:
+            if time.monotonic() - link.heard > SILENCE and (front is not None or not _runs(os.getppid())):
+                break
             time.sleep(0.1)
         if end is None:
             end = link.said("end")  # it may have been the last thing said
@@ -111,3 +114,12 @@ def obey(link: Link, front: int | None = None) -> None:
 
     link.start()
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _runs(process: int) -> bool:
+    """Whether it is known that a process was not stopped."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "RSD"
+    except OSError:
+        return False
