@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gpu_load import write_tokenizer
 from gpu_speed import PACKAGES, kept
 from gpu_weights import config, write
 from record import record
@@ -39,6 +40,7 @@ SIZE = 2
 def check(folder: Path, device: str) -> None:
     """The same tokens from one rank and from two, in float32."""
     write(folder, "tiny", "cpu")
+    write_tokenizer(folder, config("tiny")["vocab_size"])
     prompts = [[(31 * i + 7 * j) % 900 + 20 for j in range(3 + 11 * i)] for i in range(5)]
     params = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
     found = []
@@ -63,7 +65,9 @@ def main() -> None:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are bytes, {', '.join(known)}")
     cases = [n for n in names if n != "bytes"] or [next(iter(known))]
     with tempfile.TemporaryDirectory() as scratch:
-        check(Path(scratch, "small"), asked.device)
+        small = Path(scratch, "small")
+        small.mkdir()
+        check(small, asked.device)
         if tiny:
             Path(scratch, "config.json").write_text(json.dumps(config("tiny")))
         model = scratch if tiny else MODELS[asked.model]
