@@ -209,6 +209,13 @@ class EngineOptions:
         str | None,
         _engine("random draws them in the shapes of config.json, to measure a model unseen. Default: checkpoint."),
     ] = None
+    tensor_parallel_size: Annotated[
+        int | None, _engine("Ranks that share the model: a GPU each, on a CPU a process each. Default: 1.")
+    ] = None
+    enable_expert_parallel: Annotated[
+        bool | None,
+        _engine("Ranks have whole experts, instead of a part of each. Default: no.", "--enable-expert-parallel"),
+    ] = None
     max_model_len: Annotated[
         int | None, _engine("Longest prompt + answer. Default: the model's own, if memory allows.", metavar="TOKENS")
     ] = None

@@ -1,6 +1,7 @@
 """Mixture of experts after the router: experts(x, ids, weights, gate_up, down, activation, *, kind, limit) -> like x.
 
-x (tokens, hidden); ids, weights (tokens, top_k). `gate_up` and `down` are stacks of layers: gate_up(x, e) ->
+x (tokens, hidden); ids, weights (tokens, top_k); an id below zero is of an expert that is not here: it costs nothing and counts
+as zero. `gate_up` and `down` are stacks of layers: gate_up(x, e) ->
 (tokens, 2 * intermediate), gate first, and down(x, e) -> (tokens, hidden) are those of expert e, with their biases, in
 whatever format they are held; activation(gate_up, kind, limit) is the op that was chosen.
 
