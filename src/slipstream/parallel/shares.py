@@ -22,6 +22,9 @@ class Ranks:
     size: int = 1
 
 
+ALONE = Ranks()
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What is not cut apart: this many, and why."""
@@ -30,12 +33,15 @@ class Unit:
     why: str = ""
 
 
+ONE = Unit()
+
+
 @dataclass(frozen=True, slots=True)
 class Units:
     """Of query heads, and of columns inside a feed-forward layer or an expert."""
 
-    heads: Unit = Unit()
-    inner: Unit = Unit()
+    heads: Unit = ONE
+    inner: Unit = ONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ def share_of(config: ModelConfig, ranks: Ranks, units: Units | None = None, *, s
     )
 
 
-def _part(what: str, total: int, ranks: Ranks, unit: Unit = Unit()) -> range:
+def _part(what: str, total: int, ranks: Ranks, unit: Unit = ONE) -> range:
     found = part(total, ranks, unit.size)
     most = -(-total // unit.size)
     if most < ranks.size:

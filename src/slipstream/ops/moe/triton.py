@@ -144,7 +144,7 @@ def experts(
             sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, kind, limit), None
         size = min(1024, triton.next_power_of_2(hidden))
         kernels.add[(tokens, triton.cdiv(hidden, size))](
-            sums, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
+            sums, ids, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
         )
     return out
 
