@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slipstream.conversation import ChatDelta, ChatOutput, ChatStream, Messages, Parser
     from slipstream.engine.engine import Stream
     from slipstream.engine.snapshot import Snapshot
+    from slipstream.engine.worker import Crew
 
 Prompt = str | Sequence[int]
 
@@ -58,14 +59,34 @@ class LLM:
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
         import torch
 
-        if asked.num_threads is not None:
-            torch.set_num_threads(asked.num_threads)
-        from slipstream.checkpoint.load import load
         from slipstream.engine.engine import Engine
-        from slipstream.engine.worker import Crew
+        from slipstream.engine.worker import gather
+
+        crew = gather(asked, str(path))
+        try:
+            if crew is not None:
+                asked, progress = crew.asked, crew.watched(progress)
+            if asked.num_threads is not None:
+                torch.set_num_threads(asked.num_threads)
+            self._load(checkpoint, asked, crew, progress)
+            self.default_params = _default_params(checkpoint.generation_config)
+            eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)
+            self.engine = Engine(self.plan, self.tokenizer, eos, crew)
+        except BaseException:
+            if crew is not None:
+                crew.close()
+            raise
+
+    def _load(
+        self,
+        checkpoint: Checkpoint,
+        asked: EngineConfig,
+        crew: Crew | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        from slipstream.checkpoint.load import load
         from slipstream.plan import make_plan
 
-        crew = Crew(asked, str(path)) if asked.tensor_parallel_size > 1 else None
         self.plan = make_plan(asked, checkpoint, self.model_config) if crew is None else crew.plan(checkpoint)
         with ThreadPoolExecutor(1) as beside:  # reading weights leaves the interpreter free
             building = beside.submit(_tokenizer, checkpoint)
@@ -73,9 +94,6 @@ class LLM:
             load(self.plan.model, self.plan.loads, checkpoint, self.plan.device, progress)
             self.load_seconds = time.perf_counter() - began
             self.tokenizer = building.result()
-        self.default_params = _default_params(checkpoint.generation_config)
-        eos = _eos(checkpoint.generation_config, self.model_config, self.tokenizer)
-        self.engine = Engine(self.plan, self.tokenizer, eos, crew)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str too; the first one wins

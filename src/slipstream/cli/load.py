@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 def load_llm(model: str, options: EngineOptions) -> LLM:
     """The model, fetched if it is not here yet. A wrong option is told before anything is fetched."""
     engine = options.changes()
+    if "WORLD_SIZE" in os.environ:
+        from slipstream.parallel.launch import refuse_other_size
+
+        refuse_other_size(engine.get("tensor_parallel_size", 1))
     with Bar() as bar:
         from slipstream.sources import resolve
 

@@ -90,7 +90,15 @@ def run(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to die
+    words = sys.argv[1:] if arguments is None else arguments
+    # Under torchrun every rank runs this command. Rank 0 is the front; it tells the others what it wants of them.
+    shared = "RANK" in os.environ and any(w.startswith("--tensor-parallel-size") for w in words)
     try:
+        if shared and os.environ["RANK"] != "0":
+            from slipstream.engine.worker import attend
+
+            attend()
+            return 0
         code = build()(arguments, prog_name="slipstream", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -105,6 +113,11 @@ def run(arguments: list[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         return _closed_pipe()
+    finally:
+        if shared and os.environ["RANK"] == "0":
+            from slipstream.parallel.launch import dismiss
+
+            dismiss()
 
 
 def _closed_pipe() -> int:

@@ -210,7 +210,8 @@ class EngineOptions:
         _engine("random draws them in the shapes of config.json, to measure a model unseen. Default: checkpoint."),
     ] = None
     tensor_parallel_size: Annotated[
-        int | None, _engine("Ranks that share the model: a GPU each, on a CPU a process each. Default: 1.")
+        int | None,
+        _engine("Ranks that share the model: a GPU each, or a process each on a CPU. Default: 1.", metavar="N"),
     ] = None
     enable_expert_parallel: Annotated[
         bool | None,
@@ -273,7 +274,7 @@ class EngineOptions:
     moe_implementation: Annotated[
         str | None, _engine("The same for the experts of a mixture. Default: the fastest that fits.")
     ] = None
-    num_threads: Annotated[int | None, _engine("CPU threads. Default: torch's choice, one a core.")] = None
+    num_threads: Annotated[int | None, _engine("CPU threads of each rank. Default: torch's choice, one a core.")] = None
 
     def changes(self) -> dict[str, Any]:
         """What was given, as EngineConfig spells it.

@@ -42,7 +42,7 @@ class EngineConfig:
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
         moe_implementation: force one for the experts of a mixture.
-        num_threads: CPU threads; None leaves torch's own choice.
+        num_threads: CPU threads of each rank; None leaves torch's own choice, and ranks on a CPU share the cores.
         seed: from which requests without a seed of their own draw theirs, and random weights theirs (None is then 0).
     """
 

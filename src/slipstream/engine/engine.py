@@ -14,7 +14,7 @@ from slipstream.cache.pages import Pages
 from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.engine.snapshot import Rate, Snapshot, take_snapshot
 from slipstream.engine.worker import Crew, Leader
-from slipstream.errors import RequestError
+from slipstream.errors import RankError, RequestError
 from slipstream.plan import Plan
 from slipstream.request import Completion, FinishReason, Metrics, Request, RequestOutput, Step, as_token_ids
 from slipstream.scheduler import Scheduler
@@ -240,11 +240,11 @@ class Engine:
     def _break(self, e: BaseException, running: list[Step]) -> None:
         """End whom a step that raised leaves with nothing to go on from."""
         self._flight = None
-        if self._in_runner:  # half-run: the cache of these passes cannot be trusted
+        if self._in_runner and not isinstance(e, RankError):  # half-run: the cache of these passes cannot be trusted
             lost = [self._answers[c.sequence] for step in running for c in step.chunks if c.sequence in self._answers]
             for step in running:
                 self.scheduler.spoil(step)
-        else:  # half-counted: no queue and no page table can be trusted
+        else:  # half-counted: no queue and no page table can be trusted; or there is nobody left to run anything
             lost = list(self._answers.values())
             self.scheduler.reset()
         self._in_runner = False

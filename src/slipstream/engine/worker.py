@@ -1,11 +1,21 @@
-"""A rank that is not the first: it holds its share of the model, and runs the steps that rank 0 makes."""
+"""Ranks that share a model: the first makes the steps, the others hold their share of the model and run what it makes."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import os
+import signal
 import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,26 +24,88 @@ from slipstream.checkpoint.load import load
 from slipstream.checkpoint.open import Checkpoint, open_checkpoint, open_random
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Flight, Runner, StepResult
-from slipstream.parallel.launch import Processes, connect, live
+from slipstream.errors import ConfigError
+from slipstream.parallel.launch import (
+    Others,
+    connect,
+    find_front,
+    launchers_store,
+    one_machine,
+    place,
+    refuse_other_size,
+)
+from slipstream.parallel.link import Link
 from slipstream.parallel.shares import Ranks
 from slipstream.plan import Plan, make_plan
 from slipstream.request import Step
 
+_last: weakref.ref[Others] | None = None  # a process has one default group
+
 
 class Crew:
-    """All ranks, as rank 0 sees them."""
+    """All ranks, as rank 0 sees them. When nobody holds it any more, the other ranks end.
+
+    Args:
+        model: where it is, on every machine.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks, or another number of ranks was launched.
+    """
 
     def __init__(self, asked: EngineConfig, model: str) -> None:
-        self.asked, self.ranks = asked, Ranks(0, asked.tensor_parallel_size)
-        self._processes = Processes({"model": model, "asked": dataclasses.asdict(asked)}, self.ranks.size)
-        self.close, self.error = self._processes.close, self._processes.error
-        self.group, self.words = self._processes.wait(
-            lambda: connect(self.ranks, self._processes.store, _backend(asked))
-        )
+        size = asked.tensor_parallel_size
+        self.asked, self.ranks = _with_threads(_with_device(asked)), Ranks(0, size)
+        launched = place()
+        if launched is not None:
+            refuse_other_size(size)
+        _one_at_a_time()
+        self._others = Others(size)
+        self._finalizer = weakref.finalize(self, self._others.close)
+        try:
+            words = {"model": model, "asked": dataclasses.asdict(self.asked), "size": size}
+            if launched is None:
+                self._others.start(words)
+            else:
+                self._others.join(words)
+            self._others.hear("started")
+            store, device = self._others.store, _device(self.asked, int(os.environ.get("LOCAL_RANK", 0)))
+            assert store is not None
+            here = one_machine(size)
+            self.group, self.words = self._others.wait(lambda: connect(self.ranks, store, device, here))
+        except BaseException:
+            self.close()
+            raise
+        global _last
+        self._others.group, _last = self.group, weakref.ref(self._others)
+        self.asked = dataclasses.replace(self.asked, device=str(device))
+        self.check, self.lost, self.together = self._others.check, self._others.lost, self._others.together
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
-        mine = make_plan(_on_device(self.asked, 0), checkpoint, ranks=self.ranks, group=self.group)
-        return self._processes.wait(lambda: agree(mine, self.words))
+        """This rank's, with as many pages and as long answers as every rank has room for."""
+        mine = make_plan(self.asked, checkpoint, ranks=self.ranks, group=self.group)
+        found = [_sizes(mine), *self._others.hear("plan")]
+        *pages, length, size = map(min, zip(*found, strict=True))
+        if any(f[-1] != size for f in found):
+            raise AssertionError("ranks planned pages of different sizes")
+        self._others.tell("plan", [*pages, length])
+        return dataclasses.replace(mine, num_pages=tuple(pages), max_model_len=length)
+
+    def watched(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
+        """The same while weights load, but it ends when another rank does."""
+
+        def tell(done: int, total: int) -> None:
+            self.check()
+            if progress is not None:
+                progress(done, total)
+
+        return tell
+
+    def ready(self) -> None:
+        """Wait until all have loaded."""
+        self._others.hear("ready")
+
+    def close(self) -> None:
+        self._finalizer()
 
 
 class Leader:
@@ -41,61 +113,160 @@ class Leader:
 
     def __init__(self, runner: Runner, crew: Crew) -> None:
         self._runner, self._crew = runner, crew
+        crew.ready()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def launch(self, step: Step) -> Flight:
-        try:
-            dist.broadcast_object_list([step], src=0, group=self._crew.words)
-            return self._runner.launch(step)
-        except RuntimeError as e:
-            raise self._crew.error(e) from e
+        """Raises RankError: a rank is gone, or failed in this step, also this one: then no two are at the same place any more."""
+        with self._crew.together(), _uninterrupted():
+            try:
+                dist.broadcast_object_list([step], src=0, group=self._crew.words)
+                return self._runner.launch(step)
+            except Exception as e:
+                raise self._crew.lost(e) from e
 
     def finish(self, flight: Flight) -> StepResult:
-        try:
-            return self._runner.finish(flight)
-        except RuntimeError as e:
-            raise self._crew.error(e) from e
+        with self._crew.together():
+            while flight.arrived is not None and not flight.arrived.query():  # not tried on a card yet
+                self._crew.check()
+                time.sleep(0)
+            result = self._runner.finish(flight)
+            self._crew.check()  # what a step gave that was cut off is nothing
+            return result
 
 
-def agree(plan: Plan, words: dist.ProcessGroup) -> Plan:
-    """The same pages and lengths on every rank: the fewest that any of them has room for."""
-    mine = (*plan.num_pages, plan.max_model_len, plan.page_size)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine, group=words)
-    *pages, length, size = map(min, zip(*found, strict=True))
-    if any(f[-1] != size for f in found):
-        raise AssertionError("ranks planned pages of different sizes")
-    return dataclasses.replace(plan, num_pages=tuple(pages), max_model_len=length)
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end, as ranks that were interrupted at different places could not go on."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[0])
 
 
-def _on_device(asked: EngineConfig, rank: int) -> EngineConfig:
-    return dataclasses.replace(asked, device=f"cuda:{rank}") if _backend(asked) == "nccl" else asked
+def _one_at_a_time() -> None:
+    """The groups of a model that is gone, or whose ranks failed, are in nobody's way.
+
+    Raises:
+        ConfigError: those of one that lives are.
+    """
+    if not dist.is_initialized():
+        return
+    gc.collect()
+    last = None if _last is None else _last()
+    if last is not None and last.failure is not None:
+        last.close()
+    if dist.is_initialized():
+        raise ConfigError(
+            "tensor_parallel_size: torch.distributed is in use in this process, by another model of several ranks or by "
+            "yourself; let go of that one first, or load this one in a process of its own"
+        )
 
 
-def _backend(asked: EngineConfig) -> str:
-    return "nccl" if asked.device == "cuda" or (asked.device == "auto" and torch.cuda.is_available()) else "gloo"
+def _with_threads(asked: EngineConfig) -> EngineConfig:
+    """Ranks on a CPU share its cores."""
+    if asked.num_threads is not None or _on_gpus(asked):
+        return asked
+    beside = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", asked.tensor_parallel_size)) if place() else asked.tensor_parallel_size
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return dataclasses.replace(asked, num_threads=max(1, min(torch.get_num_threads(), cores // beside)))
 
 
-def main() -> None:
-    rank = int(sys.argv[1])
-    said = live()
-    ranks, asked = Ranks(rank, said["size"]), EngineConfig(**said["asked"])
+def _with_device(asked: EngineConfig) -> EngineConfig:
+    """Raises ConfigError: this machine cannot give each rank its own."""
+    if asked.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"device: {asked.tensor_parallel_size} ranks cannot share {asked.device}; write cuda, or cpu, and choose cards with "
+            f"CUDA_VISIBLE_DEVICES"
+        )
+    if asked.device == "auto":
+        asked = dataclasses.replace(asked, device="cuda" if torch.cuda.is_available() else "cpu")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if place() else asked.tensor_parallel_size
+    if asked.device == "cuda" and torch.cuda.device_count() < here:
+        raise ConfigError(
+            f"tensor_parallel_size: {here} ranks on this machine want a GPU each, and torch sees {torch.cuda.device_count()}; "
+            f"take fewer, or device='cpu'"
+        )
+    return asked
+
+
+def _on_gpus(asked: EngineConfig) -> bool:
+    return asked.device.startswith("cuda")
+
+
+def _device(asked: EngineConfig, local: int) -> torch.device:
+    return torch.device("cuda", local) if _on_gpus(asked) else torch.device("cpu")
+
+
+def _sizes(plan: Plan) -> list[int]:
+    return [*plan.num_pages, plan.max_model_len, plan.page_size]
+
+
+def serve(link: Link, said: dict[str, Any]) -> NoReturn:
+    """Be one of the others, until rank 0 ends; it is told what goes wrong here."""
+    try:
+        _serve(link, said)
+    except BaseException as e:
+        traceback.print_exc()
+        sys.stderr.flush()
+        link.say("error", [type(e).__name__, str(e)])
+        time.sleep(0.2)  # whoever waits for this rank sees it end; first its reason should arrive
+    os._exit(1)
+
+
+def _serve(link: Link, said: dict[str, Any]) -> None:
+    ranks, asked = Ranks(said["rank"], said["size"]), EngineConfig(**said["asked"])
     if asked.num_threads is not None:
         torch.set_num_threads(asked.num_threads)
-    group, words = connect(ranks, dist.TCPStore("127.0.0.1", said["port"], is_master=False), _backend(asked))
-    asked = _on_device(asked, rank)
+    device = _device(_with_device(asked), said["local"])
+    here = one_machine(ranks.size)
+    store = dist.TCPStore("127.0.0.1", said["port"], is_master=False) if "port" in said else launchers_store()
+    link.say("started", True)
+    group, words = connect(ranks, store, device, here)
     path = Path(said["model"])
     checkpoint = open_random(path, asked.seed or 0) if asked.weights == "random" else open_checkpoint(path)
-    plan = agree(make_plan(asked, checkpoint, ranks=ranks, group=group), words)
+    plan = make_plan(dataclasses.replace(asked, device=str(device)), checkpoint, ranks=ranks, group=group)
+    link.say("plan", _sizes(plan))
+    *pages, length = link.wait("plan")
+    plan = dataclasses.replace(plan, num_pages=tuple(pages), max_model_len=length)
     load(plan.model, plan.loads, checkpoint, plan.device)
     runner = Runner(plan, plan.model)
+    link.say("ready", True)
     while True:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0, group=words)
         runner.launch(box[0])
 
 
-if __name__ == "__main__":
-    main()
+def gather(asked: EngineConfig, model: str) -> Crew | None:
+    """The ranks that are to share a model; None: this process alone has it.
+
+    Where a launcher has made this process another rank than the first, it serves that one and then ends: nothing comes back.
+    """
+    if asked.tensor_parallel_size == 1:
+        return None
+    here = place()
+    if here is not None and here.rank > 0:
+        refuse_other_size(asked.tensor_parallel_size)
+        attend()
+        raise SystemExit(0)
+    return Crew(asked, model)
+
+
+def attend() -> None:
+    """Under a launcher, in a rank that is not the first: serve rank 0, if it wants anything; leaves only where it does not."""
+    found = find_front()
+    if found is not None:
+        serve(*found)

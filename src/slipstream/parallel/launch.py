@@ -1,103 +1,223 @@
-"""Starting ranks on this machine, watching them, and ending them all when one of them ends.
+"""Starting the ranks that share a model, or joining those that torchrun has started; watching them, and ending all when one ends.
 
-The process that asks for a model is rank 0; the others are processes of their own, `python -m slipstream.engine.worker`. Each
-tells rank 0 every second that it lives, over a pipe that also ends it when rank 0 is gone. A rank that says nothing for
-SILENCE seconds is killed: whoever waits for it then gets an error, which names the rank and the last lines that it wrote.
+The process that asks for a model is rank 0. Alone, it starts the others on its machine, as processes of their own. Under torchrun
+(or whatever else sets RANK and WORLD_SIZE) all are there already, and find rank 0 through the store of their launcher. Rank 0
+holds a Link to each, on which both sides say every second that they live. A rank that dies, or is silent for SILENCE seconds,
+ends all of them; the error names it and has the last lines that it wrote, where they are known.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from slipstream.errors import RankError
+from slipstream import errors
+from slipstream.errors import ConfigError, RankError, SlipstreamError
+from slipstream.parallel.link import SILENCE, STARTING, Link, obey
 from slipstream.parallel.shares import Ranks
 
-SILENCE = 15.0  # seconds without a word from a rank
 T = TypeVar("T")
 FOREVER = timedelta(days=999)  # between two requests; who is gone is noticed otherwise
+MEETING = timedelta(seconds=20)  # to connect with ranks that are known to be there
+COMING = 120.0  # seconds in which ranks that torchrun started find rank 0
 LINES = 8  # of a rank's log in an error
+FRONT = "slipstream/front"  # in the store: where rank 0 listens
 
 
-@dataclass
-class _Worker:
+@dataclass(eq=False)
+class _Rank:
+    """One of the others, as rank 0 knows it."""
+
     rank: int
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
-    heard: float = field(default_factory=time.monotonic)
+    link: Link
+    process: subprocess.Popen[bytes] | None = None  # where it was started here
+    log: IO[bytes] | None = None
+    pid: int | None = None  # where it runs on this machine, but was started by another
+
+    def trouble(self) -> tuple[int, str] | None:
+        """What is wrong with it, and how likely it is that others fail because of this: 0 is a cause, 1 may be an effect."""
+        if (said := self.link.said("error")) is not None:
+            kind, message = said
+            return (0 if _typed(kind) or "OutOfMemory" in kind else 1), f"failed: {kind}: {message}"
+        code = None if self.process is None else self.process.poll()
+        if code is not None:
+            return (0 if code < 0 else 1), _ended(code)
+        if self.link.closed and self.process is None:
+            return 1, "is gone"
+        silent = time.monotonic() - self.link.heard
+        limit = SILENCE if self.link.said("ready") else STARTING
+        return None if silent < limit else (0, f"has said nothing for {silent:.0f} s and was killed")
 
     def last_lines(self) -> str:
-        self.log.seek(0)
-        lines = self.log.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-LINES:]) or "it wrote nothing"
+        if self.log is None:
+            return ""
+        size = os.fstat(self.log.fileno()).st_size
+        text = os.pread(
+            self.log.fileno(), 1 << 14, max(0, size - (1 << 14))
+        )  # its place in the file stays, it is shared
+        lines = text.decode(errors="replace").strip().splitlines()[-LINES:]
+        return "; the last that it wrote:\n" + "\n".join(lines) if lines else "; it wrote nothing"
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        elif self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
-class Processes:
-    """The ranks that this process started. `failure` is why they were ended, if one of them failed.
+class Others:
+    """The other ranks, while they live. `failure` is why they were ended, if one of them failed."""
 
-    Args:
-        said: what each is told, as JSON; the port of the store is added.
-    """
+    def __init__(self, size: int) -> None:
+        self.failure: SlipstreamError | None = None
+        self.group: dist.ProcessGroup | None = None
+        self.store: dist.Store | None = None
+        self.ranks: list[_Rank] = []
+        self._size, self._waiting, self._joined = size, 0, False
+        self._closed, self._closing = False, threading.RLock()
 
-    def __init__(self, said: Mapping[str, Any], size: int) -> None:
-        self.failure: str | None = None
-        self._closed = False
-        self._workers: list[_Worker] = []
+    def start(self, words: Mapping[str, Any]) -> None:
+        """Start them on this machine.
+
+        Args:
+            words: what each is told.
+        """
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
         self.store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120)
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=MEETING,
+            master_listen_fd=listener.detach(),
         )
-        line = json.dumps({**said, "size": size, "port": self.store.port}).encode() + b"\n"
-        for rank in range(1, size):
-            log = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
-            process = subprocess.Popen(
-                [sys.executable, "-m", "slipstream.engine.worker", str(rank)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, start_new_session=True,  # Ctrl-C reaches rank 0 alone, which ends the others
-            )  # fmt: skip
-            self._workers.append(_Worker(rank, process, log))
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(line)
-                process.stdin.flush()
-        for worker in self._workers:
-            threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+        if (threads := words["asked"].get("num_threads")) is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        for rank in range(1, self._size):
+            here, there = socket.socketpair()
+            log = tempfile.TemporaryFile("ab+")  # noqa: SIM115  # closed in `close`
+            with there:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "slipstream.engine.rank", str(rank), str(there.fileno())], env=environment,
+                    pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    start_new_session=True,  # Ctrl-C reaches rank 0 alone, which ends the others
+                )  # fmt: skip
+            self._greet(_Rank(rank, Link(here), process, log), {**words, "rank": rank, "local": rank, "port": port})
         threading.Thread(target=self._watch, daemon=True).start()
-        atexit.register(self.close)
 
-    def _listen(self, worker: _Worker) -> None:
-        assert worker.process.stdout is not None
-        while worker.process.stdout.read(1):
-            worker.heard = time.monotonic()
+    def join(self, words: Mapping[str, Any]) -> None:
+        """Wait for those that torchrun has started.
+
+        Raises:
+            RankError: one does not come.
+        """
+        self._joined = True
+        here = one_machine(self._size)
+        host = "127.0.0.1" if here else os.environ["MASTER_ADDR"]
+        self.store = launchers_store()
+        key = secrets.token_hex(16)  # on a network anybody may knock
+        with socket.create_server(("127.0.0.1" if here else "", 0)) as listener:
+            listener.settimeout(0.1)
+            self.store.set(FRONT, json.dumps([host, listener.getsockname()[1], key]))
+            came: dict[int, _Rank] = {}
+            end = time.monotonic() + COMING
+            while len(came) < self._size - 1:
+                if time.monotonic() > end:
+                    missing = sorted(set(range(1, self._size)) - came.keys())
+                    raise RankError(f"rank {missing[0]} did not find rank 0 within {COMING:.0f} s; see what it wrote")
+                with contextlib.suppress(TimeoutError, ValueError, TypeError, OSError):
+                    rank = _welcome(listener.accept()[0], key)
+                    came[rank.rank] = rank
+        for _, rank in sorted(came.items()):
+            self._greet(rank, {**words, "rank": rank.rank})
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _greet(self, rank: _Rank, words: Mapping[str, Any]) -> None:
+        self.ranks.append(rank)
+        rank.link.say("words", words)
+        rank.link.start()
 
     def _watch(self) -> None:
         while not self._closed:
-            for worker in self._workers:
-                code = worker.process.poll()
-                silent = time.monotonic() - worker.heard
-                if code is None and silent < SILENCE:
-                    continue
-                if self._closed:
-                    return
-                how = f"has said nothing for {silent:.0f} s and was killed" if code is None else _ended(code)
-                self._kill([worker])
-                self.failure = f"rank {worker.rank} {how}; the last that it wrote:\n{worker.last_lines()}"
-                self._kill(self._workers)
+            if any(r.trouble() for r in self.ranks):
+                time.sleep(0.4)  # a cause may show later than its effects
+                found = [(*t, r) for r in self.ranks if (t := r.trouble())]
+                if not self._closed and found:
+                    _, what, rank = min(found, key=lambda f: f[0])
+                    self.fail(rank, what)
                 return
             time.sleep(0.1)
+
+    def fail(self, rank: _Rank | None, what: str) -> None:
+        """End all of them because of this one (None: rank 0)."""
+        if self.failure is not None:
+            return
+        if rank is None:
+            failure: SlipstreamError = RankError(f"rank 0 {what}")
+        elif (said := rank.link.said("error")) and _typed(said[0]) and not rank.link.said("ready"):
+            failure = _typed(said[0])(said[1])
+            failure.add_note(f"rank {rank.rank} says so")
+        else:
+            rank.kill()  # which frees others that wait for it
+            failure = RankError(f"rank {rank.rank} {what}{rank.last_lines()}")
+        self.failure = failure
+        if self._joined:  # the launcher may end this rank before it can say why
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        for other in self.ranks:
+            other.link.say("end", str(failure))
+        for other in self.ranks:
+            if other.process is not None:
+                other.kill()
+        self._free()
+
+    def _free(self) -> None:
+        """Let go whoever on this rank waits for one that is gone. On GPUs this was not tried on a card yet."""
+        if self.group is not None and dist.get_backend(self.group) == "nccl":
+            with contextlib.suppress(RuntimeError):
+                self.group.abort()  # its kernels spin until they are told
+        if not self._joined:
+            return  # all sockets to them are closed
+        time.sleep(5)
+        if self._waiting:  # for a rank of another machine that hangs, over a connection that lives
+            os._exit(RankError.exit_code)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what needs all ranks, and ends badly if one is gone."""
+        self.check()
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise type(self.failure)(*self.failure.args)
+        if self._closed:
+            raise RankError("the other ranks of this model were ended; load it again")
 
     def wait(self, work: Callable[[], T]) -> T:
         """Do something that needs all ranks, but do not wait for those that failed."""
@@ -109,77 +229,176 @@ class Processes:
             except BaseException as e:
                 done.set_exception(e)
 
-        threading.Thread(target=run, daemon=True).start()
-        while True:
-            try:
-                return done.result(0.1)
-            except TimeoutError:
-                if self.failure is not None:
-                    raise RankError(self.failure) from None
-            except RuntimeError as e:
-                raise self.error(e) from e
+        with self.together():
+            threading.Thread(target=run, daemon=True).start()
+            while True:
+                try:
+                    return done.result(0.02)
+                except TimeoutError:
+                    self.check()
+                except RuntimeError as e:
+                    raise self.lost(e) from e
 
-    def error(self, cause: Exception) -> RankError:
-        """What to raise where a word to the other ranks failed: the watch may need a moment to see why."""
+    def hear(self, name: str) -> list[Any]:
+        """What each of them says under this name, once all have."""
+        while True:
+            self.check()
+            if all(r.link.said(name) is not None for r in self.ranks):
+                return [r.link.said(name) for r in self.ranks]
+            time.sleep(0.005)
+
+    def tell(self, name: str, words: Any) -> None:
+        for rank in self.ranks:
+            rank.link.say(name, words)
+
+    def lost(self, cause: BaseException) -> SlipstreamError:
+        """What to raise where something that needs all ranks failed here: the watch may need a moment to see who it was."""
         end = time.monotonic() + 3
         while self.failure is None and time.monotonic() < end:
-            time.sleep(0.05)
-        return RankError(self.failure or f"the ranks lost each other: {cause}")
-
-    def _kill(self, workers: Sequence[_Worker]) -> None:
-        for worker in workers:
-            with contextlib.suppress(ProcessLookupError):
-                worker.process.kill()
-            worker.process.wait()
+            time.sleep(0.02)
+        self.fail(None, f"failed: {type(cause).__name__}: {cause}")
+        assert self.failure is not None
+        return type(self.failure)(*self.failure.args)
 
     def close(self) -> None:
         """End all ranks but this one."""
-        if self._closed:
-            return
-        self._closed = True
-        atexit.unregister(self.close)
-        for worker in self._workers:  # they end when their input does
-            assert worker.process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                worker.process.stdin.close()
-        end = time.monotonic() + 5
-        for worker in self._workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(0.0, end - time.monotonic()))
-        self._kill(self._workers)
-        for worker in self._workers:
-            worker.log.close()
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        for rank in self.ranks:
+            rank.link.say("end", "")
+        end = time.monotonic() + 2
+        for rank in self.ranks:
+            if rank.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(max(0.0, end - time.monotonic()))
+                rank.kill()
+            rank.link.close()
+            if rank.log is not None:
+                rank.log.close()
+        if self.group is not None and dist.is_initialized() and dist.group.WORLD is self.group:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+        self.group = self.store = None
+
+
+def _typed(kind: str) -> Any:
+    found = getattr(errors, kind, None)
+    return found if isinstance(found, type) and issubclass(found, SlipstreamError) else None
 
 
 def _ended(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
-def connect(ranks: Ranks, store: dist.Store, backend: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The groups for tensors, and for what is said between steps."""
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=FOREVER)
+# -- under torchrun ----------------------------------------------------------------------------------------------------
+
+
+def place() -> Ranks | None:
+    """Where a launcher such as torchrun has put this process; None: it was started alone."""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return Ranks(int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else None
+
+
+def one_machine(size: int) -> bool:
+    """Whether all ranks are on this one."""
+    return place() is None or os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+
+
+def refuse_other_size(size: int) -> None:
+    """Raises ConfigError: torchrun has started another number of ranks than are to share the model."""
+    here = place()
+    if here is not None and here.size != size:
+        raise ConfigError(
+            f"tensor_parallel_size: {size}, but the launcher has started {here.size} ranks (WORLD_SIZE); make both the same, or "
+            f"start the program alone"
+        )
+
+
+def find_front() -> tuple[Link, dict[str, Any]] | None:
+    """In a rank that a launcher has started: the link to rank 0, and what it says. None: it needs no other rank."""
+    here = place()
+    assert here is not None
+    store = launchers_store()
+    while not store.check([FRONT]):  # it may have a model to fetch first; if it dies, the launcher ends this rank
+        time.sleep(0.1)
+    host, port, key = json.loads(store.get(FRONT))
+    if key is None:
+        return None
+    link = Link(socket.create_connection((host, port), COMING))
+    link.say("hello", [here.rank, key, os.getpid(), _machine()])
+    link.unlimited()
+    said = link.first()
+    if said is None:
+        raise RankError("rank 0 is gone")
+    obey(link)
+    return link, {**said, "local": int(os.environ.get("LOCAL_RANK", here.rank))}
+
+
+def dismiss() -> None:
+    """On rank 0: tell those that wait for it that it needs them no more, if it never did."""
+    with contextlib.suppress(RuntimeError):
+        store = launchers_store()
+        if not store.check([FRONT]):
+            store.set(FRONT, json.dumps(["", 0, None]))
+
+
+def _welcome(end: socket.socket, key: str) -> _Rank:
+    end.settimeout(5)
+    link = Link(end)
+    rank, said, pid, machine = link.first()
+    if not secrets.compare_digest(str(said), key):
+        raise ValueError("it does not know the key")
+    link.unlimited()
+    return _Rank(int(rank), link, pid=int(pid) if machine == _machine() else None)
+
+
+_kept: list[dist.Store] = []
+
+
+def launchers_store() -> dist.Store:
+    if not _kept:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=COMING)))
+        _kept.append(dist.PrefixStore("slipstream", store))
+    return _kept[0]
+
+
+def _machine() -> str:
+    """The same for processes that can signal each other."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return socket.gethostname()
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def connect(
+    ranks: Ranks, store: dist.Store, device: torch.device, here: bool
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The groups for tensors, and for what is said between steps.
+
+    Args:
+        here: all ranks are on this machine, so nobody else needs to reach the sockets of gloo.
+    """
+    name = "GLOO_SOCKET_IFNAME"
+    if here and name not in os.environ and sys.platform == "linux":
+        os.environ[name] = "lo"
+        try:
+            return _connect(ranks, store, device)
+        finally:
+            del os.environ[name]
+    return _connect(ranks, store, device)
+
+
+def _connect(ranks: Ranks, store: dist.Store, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    options: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.size, "timeout": FOREVER}
+    if device.type == "cuda":  # not tried on a card yet
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", **options)
     together, words = dist.group.WORLD, dist.new_group(backend="gloo", timeout=FOREVER)
     assert together is not None
     return together, words
-
-
-def live() -> dict[str, Any]:
-    """In a worker: read what to do, then keep saying that it lives; ends the process when rank 0 is gone."""
-    said: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
-    words = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no sign of life
-
-    def beat() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                os.write(words, b".")
-                time.sleep(1)
-        os._exit(1)
-
-    def orphaned() -> None:
-        sys.stdin.buffer.read()
-        os._exit(0)
-
-    threading.Thread(target=beat, daemon=True).start()
-    threading.Thread(target=orphaned, daemon=True).start()
-    return said

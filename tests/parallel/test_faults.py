@@ -1,0 +1,165 @@
+"""A rank that is killed or stopped, at any moment, ends all of them within 30 s; the error names it, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.engine.tiny import LLAMA, write
+
+ROOT = Path(__file__).parents[2]
+SIZE = 3
+WITHIN = 30.0
+MOMENTS = ("starts", "steps", "idle")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("faults") / "model", LLAMA)
+
+
+class Front:
+    """tests/parallel/front.py as a process, and its ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.parallel.front", str(folder), str(SIZE)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.strip())
+
+    def reach(self, moment: str) -> None:
+        end = time.monotonic() + 120
+        while moment not in self.lines:
+            assert self.process.poll() is None and time.monotonic() < end, (moment, self.lines)
+            time.sleep(0.01)
+
+    def ranks(self) -> dict[int, int]:
+        """rank -> pid, of those that are there now."""
+        found = {0: self.process.pid}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            if b"slipstream.engine.rank" in words and parent == self.process.pid:
+                found[int(words[words.index(b"slipstream.engine.rank") + 1])] = int(folder.name)
+        return found
+
+    def result(self) -> dict[str, str]:
+        self.process.wait(WITHIN)
+        self._reader.join(5)
+        said: dict[str, str] = json.loads(self.lines[-1])
+        return said
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Local addresses at which these processes listen."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(link))
+            except OSError:
+                continue
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone_within(pids: list[int], seconds: float) -> float:
+    began = time.monotonic()
+    while any(map(lives, pids)):
+        assert time.monotonic() - began < seconds, "a process is left"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def one_round(folder: Path, what: signal.Signals, moment: str, rank: int, seed: int) -> float:
+    """Seconds from the signal until all are gone."""
+    draw = random.Random(seed)
+    front = Front(folder)
+    try:
+        front.reach(moment)
+        while rank not in front.ranks():  # it is about to be started
+            assert front.process.poll() is None, front.lines
+            time.sleep(0.005)
+        time.sleep(draw.random() * (2.0 if moment == "starts" else 0.4))
+        ranks = front.ranks()
+        pids, ports = [*ranks.values()], listening([*ranks.values()])
+        os.kill(ranks[rank], what)
+        if rank:
+            took = gone_within(pids, WITHIN)
+            said = front.result()
+            assert front.process.returncode == 7 and said["kind"] == "RankError", said
+            assert f"rank {rank} " in said["message"], said
+            assert ("SIGKILL" if what == signal.SIGKILL else "has said nothing for") in said["message"], said
+            assert said["again"] in (said["message"], "it was not there yet")
+        else:
+            took = gone_within([p for r, p in ranks.items() if r], WITHIN)
+            if what == signal.SIGSTOP:
+                os.kill(ranks[0], signal.SIGCONT)
+                assert front.result()["kind"] == "RankError"
+            took += gone_within(pids, WITHIN)
+        left = front.ranks().keys() - {0}
+        assert not left, left
+        now = {line.split()[1] for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()
+               if line.split()[3] == "0A"}  # fmt: skip
+        assert not ports & now
+        return took
+    except BaseException as e:
+        e.add_note(f"{what.name} of rank {rank} at {moment!r}, seed {seed}; it said {front.lines}")
+        raise
+    finally:
+        for pid in front.ranks().values():
+            if lives(pid):
+                os.kill(pid, signal.SIGKILL)
+        front.process.kill()
+        front.process.communicate()
+
+
+FEW = [
+    (signal.SIGKILL, "starts", 2), (signal.SIGKILL, "steps", 1), (signal.SIGKILL, "idle", 2), (signal.SIGKILL, "steps", 0),
+    (signal.SIGSTOP, "steps", 1), (signal.SIGSTOP, "idle", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "moment", "rank"), FEW, ids=lambda v: getattr(v, "name", str(v)))
+def test_a_fault(folder: Path, what: signal.Signals, moment: str, rank: int) -> None:
+    one_round(folder, what, moment, rank, seed=random.randrange(1 << 30))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP], ids=lambda v: v.name)
+def test_fifty_faults(folder: Path, what: signal.Signals) -> None:
+    draw = random.Random()
+    todo = [(draw.choice(MOMENTS), draw.randrange(SIZE), draw.randrange(1 << 30)) for _ in range(50)]
+    with ThreadPoolExecutor(int(os.environ.get("ROUNDS_AT_ONCE", "2"))) as pool:
+        took = sorted(pool.map(lambda t: one_round(folder, what, *t), todo))
+    print(f"\n50 x {what.name}: median {took[25]:.1f} s, longest {took[-1]:.1f} s until all were gone")
