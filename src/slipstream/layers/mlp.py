@@ -33,8 +33,8 @@ class MoE(nn.Module):
         kind: the gated activation of the experts.
 
     Attributes:
-        picked: where ranks have experts of their own: how many tokens went to each of all of them since the start, (experts) int64,
-            rows that only fill a CUDA graph up among them. None before the first step, and where nothing is counted.
+        picked: where experts are spread over ranks: how many tokens went to each of them since the start, (experts) int64; on a GPU
+            also rows that only fill a CUDA graph up, and trials of new ones. None before the first step, and where none is counted.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.config import ModelConfig
-from slipstream.parallel.shares import Ranks, Share, part
+from slipstream.parallel.shares import Ranks, Share, vocab_part
 
 
 class Alone:
@@ -37,7 +37,7 @@ class Together:
         self.ranks, self._group = ranks, group
         self.vocab = share.vocab
         self.experts = share.experts if len(share.experts) < config.num_experts else None
-        self._widths = [len(part(config.vocab_size, Ranks(i, ranks.size))) for i in range(ranks.size)]
+        self._widths = [len(vocab_part(config.vocab_size, Ranks(i, ranks.size))) for i in range(ranks.size)]
         each = config.num_heads // config.num_kv_heads
         kv = share.kv_heads
         self.counted = [h * each in share.heads and h not in kv[:i] for i, h in enumerate(kv)]

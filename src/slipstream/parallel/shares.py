@@ -7,6 +7,7 @@ heads or inner columns as a block of weights that share a scale covers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -117,21 +118,37 @@ def share_of(config: ModelConfig, ranks: Ranks, units: Units | None = None, *, s
     heads = _part("heads", config.num_heads, ranks, units.heads)
     inner = range(config.intermediate_size)
     if any(not layer.moe for layer in config.layers):
-        inner = _part("columns inside a feed-forward layer", config.intermediate_size, ranks, units.inner)
+        size = config.intermediate_size
+        inner = _part("columns inside a feed-forward layer", size, ranks, _even(size, ranks, units.inner))
     expert_inner, experts = range(config.moe_intermediate_size), range(config.num_experts)
     if spread and not experts:
         raise ConfigError(f"enable_expert_parallel: a {config.model_type} model has no experts")
     if spread:
         experts = _part("experts", config.num_experts, ranks)
     elif experts:
-        expert_inner = _part("columns inside an expert", config.moe_intermediate_size, ranks, units.inner)
+        size = config.moe_intermediate_size
+        expert_inner = _part("columns inside an expert", size, ranks, _even(size, ranks, units.inner))
     group = config.num_heads // config.num_kv_heads
     kv = range(heads.start // group, (heads.stop - 1) // group + 1)
     filled = len(kv) == 1 or (heads.start % group == 0 and heads.stop % group == 0)
     kv_heads = tuple(kv) if filled else tuple(h // group for h in heads)
-    return Share(
-        heads, kv_heads, inner, expert_inner, experts, _part("words of the vocabulary", config.vocab_size, ranks)
-    )
+    vocab = vocab_part(config.vocab_size, ranks)
+    if config.vocab_size < ranks.size:
+        raise ConfigError(
+            f"tensor_parallel_size: {ranks.size} ranks are more than the {config.vocab_size} words of the vocabulary"
+        )
+    return Share(heads, kv_heads, inner, expert_inner, experts, vocab)
+
+
+def vocab_part(total: int, ranks: Ranks) -> range:
+    """A rank's words."""
+    return part(total, ranks, _even(total, ranks, ONE).size)
+
+
+def _even(total: int, ranks: Ranks, unit: Unit) -> Unit:
+    """Kernels like sizes of many twos: a larger unit, where that makes the largest part an eighth larger at most."""
+    sizes = (math.lcm(unit.size, twos) for twos in (32, 16, 8, 4, 2))
+    return Unit(next((n for n in sizes if total >= 8 * n * ranks.size), unit.size), unit.why)
 
 
 def _part(what: str, total: int, ranks: Ranks, unit: Unit = ONE) -> range:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from slipstream.ops.choose import Case, Impl, needs_triton
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Expert = Callable[["Tensor", int], "Tensor"]
@@ -25,12 +26,17 @@ Prepare = Callable[..., "tuple[Tensor, ...]"]
 Activation = Callable[["Tensor", str, float], "Tensor"]
 
 
+def _as_packed(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsKernel:
-    """What an implementation consists of."""
+    """What an implementation consists of. `held_bytes` of a stack are None where they are those of the format."""
 
     experts: Callable[..., Tensor]
     prepare: Prepare | None = None
+    held_bytes: Callable[[str, tuple[int, ...], torch.dtype], int | None] = _as_packed
 
 
 def _reference() -> ExpertsKernel:
@@ -46,9 +52,9 @@ def _loop() -> ExpertsKernel:
 
 
 def _triton() -> ExpertsKernel:
-    from slipstream.ops.moe.triton import prepare, stacks
+    from slipstream.ops.moe.triton import held_bytes, prepare, stacks
 
-    return ExpertsKernel(stacks, prepare)
+    return ExpertsKernel(stacks, prepare, held_bytes)
 
 
 def _reject_triton(case: Case) -> str | None:
