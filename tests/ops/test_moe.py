@@ -65,3 +65,14 @@ def test_experts(impl: Any, kind: str, bias: bool, dtype: torch.dtype) -> None:
     assert got.dtype == dtype
     tolerance = 2e-6 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(got.double(), _oracle(case, kind, 1.1), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("impl", moe.IMPLS[1:], ids=lambda i: i.name)
+def test_experts_of_other_ranks_count_as_zero(impl: Any) -> None:
+    """Two ranks' parts, added up, are the whole."""
+    case = _case(True, torch.float32)
+    wanted = _oracle(case, "silu", 1.1)
+    parts = [case["ids"].where(case["ids"] < 4, -1), case["ids"].where(case["ids"] >= 4, -1)]
+    run = impl.load().experts
+    found = sum(run(**_called(case | {"ids": ids}), activation=activation, kind="silu", limit=1.1) for ids in parts)
+    torch.testing.assert_close(found.double(), wanted, rtol=4e-6, atol=4e-6)

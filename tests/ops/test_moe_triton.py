@@ -124,9 +124,19 @@ def interpreted() -> dict[str, Callable[[], float]]:
     cases["all-to-two-experts"] = partial(error, "mxfp4", 19, "silu", ids=same)
     cases["many-experts"] = partial(error, "mxfp4", 9, "silu", sizes=(64, 32, 67, 5))
     cases["nan"] = bad_block
-    cases["sorted"] = sort
-    for size in (64, 128):
-        cases[f"grouped-{size}"] = partial(around_the_grouped_product, size)
+    for absent in (False, True):
+        cases["sorted-some-elsewhere" if absent else "sorted"] = partial(sort, absent)
+        for size in (64, 128):
+            name = f"grouped-{size}-some-elsewhere" if absent else f"grouped-{size}"
+            cases[name] = partial(around_the_grouped_product, size, absent)
+    for tokens in (1, 3, 19, 41):  # as few as are not sorted, and more
+        some = torch.rand(tokens, 5).topk(3).indices - 2
+        for format in ("mxfp4", "dense"):
+            sizes = HIDDEN, INNER, 3, 3
+            cases[f"some-elsewhere-{format}-{tokens}"] = partial(
+                error, format, tokens, "swiglu_clamped", ids=some.where(some >= 0, -1), sizes=sizes
+            )
+    cases["all-elsewhere"] = nobody
     return cases
 
 
@@ -154,7 +164,16 @@ class Grouped:
             out.base[rows] = y.to(out.base.dtype)
 
 
-def around_the_grouped_product(size: int) -> float:
+def nobody() -> float:
+    """Tokens whose experts are all on other ranks."""
+    found = []
+    for tokens in (2, 30):
+        found.append(case("mxfp4", tokens, "silu", ids=torch.full((tokens, 2), -1))[0])
+    assert all((one == 0).all() for one in found)
+    return 0.0
+
+
+def around_the_grouped_product(size: int, absent: bool) -> float:
     from slipstream.ops.moe import grouped as gluon
 
     tokens, (hidden, inner, number, top_k) = 41, (96, 64, 3, 2)
@@ -163,6 +182,8 @@ def around_the_grouped_product(size: int) -> float:
     biases = [torch.randn(w.shape[:2]) for w in stacks]
     x = torch.randn(tokens, hidden).bfloat16()
     ids = torch.rand(tokens, number).topk(top_k).indices
+    if absent:
+        ids = ids.where(ids != 2, -1)
     one_weight = torch.ones(1, 1, dtype=torch.float64)
     layers = [linear(decode(w, F32).double(), b.double()) for w, b in zip(stacks, biases, strict=True)]
     wanted = [
@@ -177,36 +198,42 @@ def around_the_grouped_product(size: int) -> float:
         found, places = module._grouped(x, ids, gate_up, biases[0], down, biases[1], inner, size, "silu", 1.5)
     finally:
         gluon.grouped = before
-    answers = torch.stack(wanted)
-    assert (found[0, places.long()].double() - answers).norm() / answers.norm() < 6e-3  # bfloat16 twice
+    here = ids.view(-1) >= 0
+    assert (places[~here] == -1).all()
+    answers = torch.stack(wanted)[here]
+    assert (found[0, places[here].long()].double() - answers).norm() / answers.norm() < 6e-3  # bfloat16 twice
     return 0.0
 
 
-def sort() -> float:
+def sort(absent: bool) -> float:
     """Around the grouped product: where pairs go, what is moved there and in which order, and what is added from there."""
     tokens, top_k, number, width, size = 37, 3, 6, 96, 8
     torch.manual_seed(1)
     ids = torch.rand(tokens, number).topk(top_k).indices
     ids[ids == 2] = 5  # nobody's, and twice in a token
+    if absent:
+        ids[ids == 1] = -1
+    here = ids.view(-1) >= 0
     tiles, places = module._schedule(ids, number, size, sort=True)
     count = int(tiles[-1])
     assert count == sum(-(-int((ids == e).sum()) // size) for e in range(number)) and (tiles[count:-1] == -1).all()
-    assert len(places.unique()) == tokens * top_k
-    assert torch.equal(tiles[places.long() // size], ids.view(-1).int())
+    assert (places[~here] == -1).all() and len(places[here].unique()) == here.sum()
+    assert torch.equal(tiles[places[here].long() // size], ids.view(-1)[here].int())
     x, moved = (
         torch.randint(1 << 30, (tokens, width), dtype=torch.int32),
         torch.zeros(count * size, width, dtype=torch.int32),
     )
     kernels.gather[(tokens,)](x, places, moved, x.stride(0), width, top_k, 128, CHAIN=False)
     mixed = x.unflatten(1, (-1, 4, 2)).transpose(2, 3).reshape(tokens, width)
-    assert torch.equal(moved[places.long()], mixed.repeat_interleave(top_k, 0))
+    assert torch.equal(moved[places[here].long()], mixed.repeat_interleave(top_k, 0)[here])
     sums, weights, out = (
         torch.randn(1, count * size, width),
         torch.rand(tokens, top_k),
         torch.full((tokens, width), torch.nan),
     )
-    kernels.add[(tokens, 2)](sums, weights, places, out, width, tokens * top_k, top_k, 1, 64, CHAIN=False)
-    wanted = (sums[0, places.long()].view(tokens, top_k, width).double() * weights[..., None]).sum(1)
+    kernels.add[(tokens, 2)](sums, ids, weights, places, out, width, tokens * top_k, top_k, 1, 64, CHAIN=False)
+    each = sums[0, places.long()] * here[:, None]
+    wanted = (each.view(tokens, top_k, width).double() * weights[..., None]).sum(1)
     return ((out - wanted).norm() / wanted.norm()).item()
 
 

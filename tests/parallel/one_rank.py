@@ -34,7 +34,15 @@ def logits(folder: Path, ranks: Ranks, options: dict[str, Any]) -> tuple[list[to
     load(plan.model, plan.loads, checkpoint, plan.device)
     runner = Runner(plan, plan.model)
     found = all_logits(cast(Any, SimpleNamespace(plan=plan, engine=SimpleNamespace(runner=runner))), PROMPTS)
-    return found, {"weights": plan.weights_bytes, "kv": plan.kv_bytes, "pages": plan.num_pages}
+    load_of_experts = {i: counts.tolist() for i, counts in plan.model.expert_load().items()}
+    tokens = sum(map(len, PROMPTS))
+    return found, {
+        "tokens": tokens,
+        "load": load_of_experts,
+        "weights": plan.weights_bytes,
+        "kv": plan.kv_bytes,
+        "pages": plan.num_pages,
+    }
 
 
 def main() -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from slipstream.checkpoint.open import open_checkpoint
 from slipstream.parallel.shares import Ranks
 from tests.parallel.one_rank import logits
 from tests.parity.test_mxfp4 import publish
@@ -69,6 +71,36 @@ def test_blocks_are_not_cut_apart(tmp_path: Path, size: int) -> None:
     assert sum(rank[str(home)]["weights"] for rank in said) < 1.3 * whole["weights"]
 
 
+MIXTURES = {"mixtral": {"num_local_experts": 8}, "qwen3_moe": {"num_experts": 8}, "gpt_oss": {"num_local_experts": 8}}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_experts_are_spread(folders: list[Path], tmp_path: Path, size: int) -> None:
+    """Every mixture with 5 experts and with 8, which neither two nor three ranks share evenly at once; MXFP4 too."""
+    some = [f for f in folders if "experts" in str(TINY[f.name])]
+    assert len(some) >= 4
+    for name, more in MIXTURES.items():
+        sized(tmp_path / f"{name}-8", name, more)
+        some.append(tmp_path / f"{name}-8")
+    sized(tmp_path / "gpt_oss-packed", "gpt_oss", {"num_local_experts": 8})
+    publish(tmp_path / "gpt_oss-packed")
+    some.append(tmp_path / "gpt_oss-packed")
+    said = run(size, some, tmp_path / "out", enable_expert_parallel=True)
+    for folder in some:
+        want, whole = logits(folder, Ranks(), {})
+        got = torch.load(tmp_path / "out" / f"{folder.name}.pt")
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4, msg=lambda text, f=folder: f"{f.name}: {text}")
+        assert max(rank[str(folder)]["weights"] for rank in said) < 0.75 * whole["weights"], folder.name
+        config = open_checkpoint(folder).config
+        number = config.get("num_experts") or config["num_local_experts"]
+        for rank in said:  # each of them knows where every token went
+            tokens, load = rank[str(folder)]["tokens"], rank[str(folder)]["load"]
+            assert load == said[0][str(folder)]["load"] and load
+            for counts in load.values():
+                assert len(counts) == number and sum(counts) == tokens * config["num_experts_per_tok"]
+
+
 @pytest.mark.parametrize("format", ["mxfp4", "int8", "int4"])
 def test_quantized_while_loading(tmp_path: Path, format: str) -> None:
     sized(tmp_path / "llama", "llama")
@@ -78,10 +110,10 @@ def test_quantized_while_loading(tmp_path: Path, format: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
 
 
-def sized(folder: Path, name: str) -> None:
+def sized(folder: Path, name: str, more: Mapping[str, Any] | None = None) -> None:
     """A checkpoint whose sizes blocks of 32 fit, an odd number of times."""
     kind, changes = TINY[name]
-    sizes = {"hidden_size": 192, "intermediate_size": 160, "head_dim": 32}
+    sizes = {**(more or {}), "hidden_size": 192, "intermediate_size": 160, "head_dim": 32}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TINY, name, (kind, changes | sizes))
         save(name, folder)

@@ -24,12 +24,13 @@ from slipstream.checkpoint.draw import draw
 from slipstream.checkpoint.manifest import shards_of, verify
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.checkpoint.rules import ROWWISE, Weight, rows
+from slipstream.checkpoint.slices import narrow, take
 from slipstream.checkpoint.support import Rename
 from slipstream.checkpoint.tensors import DENSE, TensorInfo, read_into, read_weight
 from slipstream.errors import CheckpointError
 from slipstream.ops import formats
 from slipstream.ops.formats import Weight as Matrix
-from slipstream.parallel.shares import WHOLE, Cut
+from slipstream.parallel.shares import WHOLE, Cut, Ranks
 
 if TYPE_CHECKING:
     from slipstream.checkpoint.transfer import Card
@@ -89,6 +90,24 @@ class Load:
     def widened(self) -> bool:
         """Packed weights that will be held as floats."""
         return any(f == "dense" and s.is_quantized for f, s in zip(self.formats, self.sources, strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """What is read of the files."""
+        return 0 if self.shared else sum(s.nbytes for part in self.reads() for s in part.sources)
+
+    def reads(self) -> Iterator[Part]:
+        """`parts` as they are read: of the sources only what is here, where that is runs of bytes. Then nothing is left to cut."""
+        for part in self.parts():
+            if 0 in part.local:
+                continue
+            sources, cut = None, part.cut
+            rescaled = (
+                part.format == "int8" and cut.dim == 1
+            )  # a row has one scale, which must be that of the whole row
+            if cut.ranges is not None and not rescaled:
+                sources = narrow(self.rule.transform, part.sources, len(part.shape) - cut.dim, cut.ranges)
+            yield part if sources is None else Part(part.format, sources, part.local, Cut(zero=cut.zero))
 
     def parts(self) -> Iterator[Part]:
         """Neighbours that are laid out alike. One part where all are."""
@@ -195,7 +214,7 @@ def load(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device
     Raises:
         CheckpointError: a file is damaged, or changed or ended while it was read.
     """
-    total = sum(s.nbytes for item in loads if not item.shared for s in item.sources)
+    total = sum(item.nbytes for item in loads)
     way = _draw if checkpoint.kind == "random" else _transfer if device.type == "cuda" else _read
     done = 0
     with contextlib.closing(way(model, loads, checkpoint, device)) as steps:
@@ -214,13 +233,13 @@ Steps = Generator[int, None, None]  # bytes done by each
 def _read(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, device: torch.device) -> Steps:
     """One by one from the files, straight to where they belong; one is read while another is laid out."""
     with ThreadPoolExecutor(READERS + 1) as readers:
-        checked = readers.submit(verify, checkpoint.path) if checkpoint.kind == "safetensors" else None
+        checked = readers.submit(verify, checkpoint.path, _ranks(model)) if checkpoint.kind == "safetensors" else None
         ahead: deque[tuple[Load, Future[None]]] = deque()
         for item in (*loads, None):
             while ahead and (item is None or item.shared or len(ahead) > READERS):
                 landed, future = ahead.popleft()
                 future.result()
-                yield sum(s.nbytes for s in landed.sources if not landed.shared)
+                yield landed.nbytes
             if item is not None:
                 ahead.append((item, readers.submit(_place, model, item, checkpoint, device, read_weight)))
         if checked is not None:
@@ -239,8 +258,8 @@ def transfer(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, ca
     from slipstream.checkpoint.transfer import Transfer
 
     own = [item for item in loads if not item.shared]
-    wanted = [[t for s in item.sources for t in s.stored] for item in own]
-    shards = shards_of(checkpoint.path) if checkpoint.kind == "safetensors" else {}
+    wanted = [[t for part in item.reads() for s in part.sources for t in s.stored] for item in own]
+    shards = shards_of(checkpoint.path, _ranks(model)) if checkpoint.kind == "safetensors" else {}
     arrivals = Transfer(wanted, card, shards)
     try:
         with card.beside(), contextlib.closing(arrivals.arrive()) as arriving:
@@ -260,7 +279,12 @@ def _draw(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, devic
     """Random numbers, on the device."""
     for item in loads:
         _place(model, item, checkpoint, device, partial(draw, seed=checkpoint.seed, device=device))
-        yield sum(s.nbytes for s in item.sources if not item.shared)
+        yield item.nbytes
+
+
+def _ranks(model: nn.Module) -> Ranks:
+    found: Any = getattr(model, "ranks", None)
+    return Ranks() if found is None else found.ranks
 
 
 Read = Callable[[TensorInfo], Matrix]
@@ -272,10 +296,7 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
     owner: Any = model.get_submodule(path)
     embed: Any = model.get_submodule("embed")
     if item.shared:
-        twin = None if item.twin is None else checkpoint.read_weight(item.twin.name)
-        if twin is not None and item.cut.ranges is not None:
-            twin = formats.cut(twin, item.cut.dim, item.cut.ranges)
-        if item.twin is not None and twin is not None and not _same(embed.held, twin):
+        if item.twin is not None and not _same(embed.held, _twin(item, item.twin)):
             raise CheckpointError(
                 f"{checkpoint.path}: config.json ties the head to the embedding, but {item.twin.name} differs from "
                 f"{item.sources[0].name}; set tie_word_embeddings to false if the head is meant"
@@ -283,20 +304,26 @@ def _place(model: nn.Module, item: Load, checkpoint: Checkpoint, device: torch.d
         owner.accept(embed.held, shared=True)
         return
     parameter: Tensor = getattr(owner, leaf)
+    parts = list(item.parts() if checkpoint.kind == "random" else item.reads())  # what is drawn, is drawn whole
     if hasattr(owner, "accept") and leaf == "weight":
-        made = [_weight(read, item, part, parameter.dtype) for part in item.parts() if 0 not in part.local]
+        made = [_weight(read, item, part, parameter.dtype) for part in parts if 0 not in part.local]
         owner.accept(*(w.map(lambda t: t.to(device)) for w in made))
-    else:
-        data = _numbers(read, item, item.sources, item.shape, parameter.dtype)
-        if item.cut.ranges is not None:
-            data = formats.cut(Matrix("dense", data, item.shape), item.cut.dim, item.cut.ranges).data
-        if item.cut.zero:
-            data = torch.zeros_like(data)
-        setattr(owner, leaf, nn.Parameter(data.to(device).contiguous(), requires_grad=False))
+        return
+    (part,) = parts  # numbers
+    data = _weight(read, item, part, parameter.dtype).data
+    if item.cut.zero:
+        data = torch.zeros_like(data)
+    setattr(owner, leaf, nn.Parameter(data.to(device).contiguous(), requires_grad=False))
+
+
+def _twin(item: Load, twin: TensorInfo) -> Matrix:
+    """What is here of a head that is the embedding too."""
+    ranges = item.cut.ranges
+    return read_weight(twin if ranges is None else take(twin, 0, ranges))
 
 
 def _weight(read: Read, item: Load, part: Part, dtype: torch.dtype) -> Matrix:
-    """What is here of a part of a matrix, in the format in which it is held."""
+    """What is here of a part of a parameter, in the format in which it is held."""
     whole = _whole(read, item, part.format, part.sources, part.shape, dtype)
     if part.cut.ranges is None:
         return whole

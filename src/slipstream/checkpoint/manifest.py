@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slipstream.checkpoint.files import member, read_object
 from slipstream.errors import CheckpointError
+from slipstream.parallel.shares import ALONE, Ranks
 
 NAME = "slipstream.json"
 VERSION = 1
@@ -85,23 +86,30 @@ def check_sizes(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def shards_of(folder: Path) -> dict[Path, Shard]:
+def shards_of(folder: Path, ranks: Ranks = ALONE) -> dict[Path, Shard]:
     """The files themselves, and what the manifest says of them; {} where there is none.
+
+    Args:
+        ranks: only files whose turn it is with this rank, as whoever checks a hash must read all of a file.
 
     Raises:
         CheckpointError: the manifest is damaged, or a file is missing.
     """
     shards = read_manifest(folder) or {}
-    return {member(folder.resolve(), name): shard for name, shard in shards.items()}
+    found = {member(folder.resolve(), name): shard for name, shard in shards.items()}
+    return dict(list(found.items())[ranks.rank :: ranks.size])
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, ranks: Ranks = ALONE) -> None:
     """Hash every shard that the manifest names; takes as long as reading them. Does nothing without a manifest.
+
+    Args:
+        ranks: see shards_of.
 
     Raises:
         CheckpointError: a file is damaged; the message names it.
     """
-    shards = shards_of(folder)
+    shards = shards_of(folder, ranks)
     with ThreadPoolExecutor(HASHERS) as pool:
         try:
             for (file, shard), digest in zip(shards.items(), pool.map(sha256_of, shards), strict=True):

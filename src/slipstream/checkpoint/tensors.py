@@ -52,6 +52,7 @@ class TensorInfo:
         add: added to every value when read (-1 for gemma norms in GGUF, which are stored as weight + 1).
         parts: for a weight of safetensors that is packed into one of `formats.MADE` (then `dtype` is that format's name,
             and `shape` the logical one): the tensors that hold its data and its scales. Empty for all others.
+        runs: where only a part of a tensor is meant, of `nbytes` and `shape`: offset and bytes of each run that makes it up.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TensorInfo:
     row_permute: int | None = None
     add: float = 0.0
     parts: tuple[TensorInfo, ...] = ()
+    runs: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -85,6 +87,11 @@ class TensorInfo:
     def stored(self) -> tuple[TensorInfo, ...]:
         """The runs of bytes that it is made of."""
         return self.parts or (self,)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Offset and bytes of each run in the file, one after the other."""
+        return self.runs or ((self.offset, self.nbytes),)
 
     @property
     def rows(self) -> int:
@@ -116,7 +123,10 @@ def read_into(info: TensorInfo, out: torch.Tensor) -> None:
     """The same into memory that is there: `out` is uint8 of shape (nbytes,), without gaps."""
     try:
         with info.file.open("rb", buffering=0) as f:
-            read_at(f.fileno(), memoryview(out.numpy()), info.offset, info.file, info.name)  # type: ignore[arg-type]
+            view, at = memoryview(out.numpy()), 0  # type: ignore[arg-type]
+            for offset, nbytes in info.spans:
+                read_at(f.fileno(), view[at : at + nbytes], offset, info.file, info.name)
+                at += nbytes
     except OSError as e:
         raise CheckpointError(f"{info.file}: {info.name} cannot be read: {e}") from e
 

@@ -93,6 +93,16 @@ class Block:
     end: int
     pieces: list[Piece] = field(default_factory=list)
 
+    def spans(self) -> list[tuple[int, int]]:
+        """What of the file is wanted, where pieces leave gaps between them."""
+        found: list[tuple[int, int]] = []
+        for begin, end in sorted((self.begin + p.begin, self.begin + p.begin + p.nbytes) for p in self.pieces):
+            if found and begin <= found[-1][1]:
+                found[-1] = found[-1][0], max(end, found[-1][1])
+            else:
+                found.append((begin, end))
+        return found
+
 
 def cut(tensors: Sequence[TensorInfo], whole: Mapping[Path, int], size: int, lanes: int) -> list[Block]:
     """The blocks to read, in their order.
@@ -104,12 +114,15 @@ def cut(tensors: Sequence[TensorInfo], whole: Mapping[Path, int], size: int, lan
     """
     blocks: dict[tuple[Path, int], Block] = {}
     for i, t in enumerate(tensors):
-        end = t.offset + t.nbytes
-        for k in range(t.offset // size, -(-end // size) if t.nbytes else 0):
-            begin, stop = max(t.offset, k * size), min(end, (k + 1) * size)
-            block = blocks.setdefault((t.file, k), Block(t.file, begin, stop))
-            block.begin, block.end = min(block.begin, begin), max(block.end, stop)
-            block.pieces.append(Piece(i, begin, begin - t.offset, stop - begin))
+        at = 0
+        for offset, nbytes in t.spans:
+            end = offset + nbytes
+            for k in range(offset // size, -(-end // size) if nbytes else 0):
+                begin, stop = max(offset, k * size), min(end, (k + 1) * size)
+                block = blocks.setdefault((t.file, k), Block(t.file, begin, stop))
+                block.begin, block.end = min(block.begin, begin), max(block.end, stop)
+                block.pieces.append(Piece(i, begin, at + begin - offset, stop - begin))
+            at += nbytes
     for file, total in whole.items():
         for k in range(-(-total // size)):
             block = blocks.setdefault((file, k), Block(file, 0, 0))
@@ -229,8 +242,11 @@ class Transfer:
     def _fill(self, block: Block, buffer: Tensor) -> memoryview:
         view = memoryview(buffer.numpy())[: block.end - block.begin]  # type: ignore[arg-type]
         what = self._tensors[block.pieces[0].tensor].name if block.pieces else "a tensor"
+        spans = [(block.begin, block.end)] if block.file in self._shards else block.spans()
         try:
-            read_at(self._files[block.file], view, block.begin, block.file, what)
+            for begin, end in spans:
+                part = view[begin - block.begin : end - block.begin]
+                read_at(self._files[block.file], part, begin, block.file, what)
         except OSError as e:
             raise CheckpointError(f"{block.file}: cannot be read: {e}") from e
         return view

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slipstream.cli.options import AsJson, EngineOptions, Model, flat
 from slipstream.cli.show import Bar, Table, print_json, print_tables, size
+from slipstream.errors import CapacityError
+
+if TYPE_CHECKING:
+    from slipstream.checkpoint.open import Checkpoint
+    from slipstream.config import EngineConfig
+    from slipstream.plan.shards import Sharing
 
 
 @flat
@@ -30,6 +36,9 @@ def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> Non
         import torch
 
         torch.set_num_threads(asked.num_threads)
+    if asked.tensor_parallel_size > 1:
+        _explain_ranks(model, asked, checkpoint, as_json)
+        return
     from slipstream.plan import make_plan
 
     plan = make_plan(asked, checkpoint).to_dict()
@@ -37,6 +46,67 @@ def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> Non
         print_json({"model": model, **plan})
     else:
         print_tables(_tables(model, plan))
+
+
+def _explain_ranks(model: str, asked: EngineConfig, checkpoint: Checkpoint, as_json: bool) -> None:
+    """The same for several ranks: none is started, and who has what is told even where it would not fit on this machine."""
+    from slipstream.parallel.shares import Ranks
+    from slipstream.plan import make_plan
+    from slipstream.plan.layout import lay_out
+    from slipstream.plan.shards import sharing
+
+    size = asked.tensor_parallel_size
+    shared = sharing(lay_out(asked, checkpoint, None, Ranks(0, size), None))
+    plan: dict[str, Any] = {}
+    failure: CapacityError | None = None
+    try:
+        plans = {r: make_plan(asked, checkpoint, ranks=Ranks(r, size)) for r in shared.candidates}
+        largest = min(plans, key=lambda r: plans[r].num_pages)
+        plan = {**plans[largest].to_dict(), "largest_rank": largest}
+    except CapacityError as e:
+        failure = e
+    if as_json:
+        print_json({"model": model, **plan, "parallel": shared.to_dict()})
+    else:
+        tables = _tables(f"{model}, rank {plan['largest_rank']} of {size}, the largest", plan) if plan else []
+        print_tables([*tables, *_sharing_tables(shared)])
+    if failure is not None:
+        raise failure
+
+
+def _sharing_tables(shared: Sharing) -> list[Table]:
+    rows = []
+    for group in shared.grouped():
+        first = group[0]
+        ranges = [" + ".join(f"{a}-{b - 1}" for a, b in first.ranges(r)) for r in range(shared.ranks)]
+        each = [size(n * len(group)) for n in first.nbytes]
+        shape = " x ".join(f"{n:,}" for n in first.shape)
+        same = len(set(each)) == 1
+        rows.append(
+            (first.pattern, str(len(group)), shape, first.held, first.what, " | ".join(ranges) if any(ranges) else "",
+             f"{each[0]} each" if same else " | ".join(each))
+        )  # fmt: skip
+    weights = [shared.weights(r) for r in range(shared.ranks)]
+    rows.append(("all", str(len(shared.shards)), "", "", "", "", " | ".join(map(size, weights))))
+    steps = list(shared.steps.items())
+    said = []
+    for found in zip(*(found for _, found in steps), strict=True):
+        said.append((found[0].of, found[0].kind, str(found[0].calls), *(size(c.nbytes) for c in found)))
+    totals = (size(sum(c.calls * c.nbytes for c in found)) for _, found in steps)
+    sent = (size(sum(c.sent(shared.ranks) for c in found)) for _, found in steps)
+    said += [("all", "", str(sum(c.calls for c in steps[0][1])), *totals), ("sent by a rank, in a ring", "", "", *sent)]
+    columns = (
+        "of",
+        "what",
+        "calls",
+        *(f"bytes a call, step of {tokens:,} token{'s' * (tokens > 1)}" for tokens, _ in steps),
+    )
+    return [
+        Table(
+            "What each rank has", rows, ("parameter", "tensors", "shape", "held", "cut", "each rank's", "bytes a rank")
+        ),
+        Table("What ranks say to each other in a step", said, columns),
+    ]
 
 
 def _tables(model: str, plan: Mapping[str, Any]) -> list[Table]:

@@ -213,6 +213,10 @@ class EngineOptions:
         int | None,
         _engine("Ranks that share the model: a GPU each, or a process each on a CPU. Default: 1.", metavar="N"),
     ] = None
+    enable_expert_parallel: Annotated[
+        bool | None,
+        _engine("Ranks have whole experts, instead of a part of each. Default: no.", "--enable-expert-parallel"),
+    ] = None
     max_model_len: Annotated[
         int | None, _engine("Longest prompt + answer. Default: the model's own, if memory allows.", metavar="TOKENS")
     ] = None

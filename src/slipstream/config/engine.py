@@ -24,6 +24,7 @@ class EngineConfig:
         weights: checkpoint reads them; random draws them on the device, in the shapes and formats of config.json, so that a model
             can be measured before it is downloaded. What it writes is noise.
         tensor_parallel_size: ranks that share the model, each with a part of every layer; a GPU each, or a process each on a CPU.
+        enable_expert_parallel: those ranks have whole experts, instead of a part of each; attention stays shared by heads.
         max_model_len: longest prompt + answer, tokens.
         max_num_seqs: requests that run together; None is 256 on a GPU with much free memory, else 64.
         max_num_batched_tokens: tokens computed in one step; None is 8192 there, else 2048.
@@ -50,6 +51,7 @@ class EngineConfig:
     quantization: str = "auto"
     weights: str = "checkpoint"
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -95,7 +97,7 @@ class EngineConfig:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
         if self.async_scheduling not in (None, True, False):
             raise ConfigError(f"async_scheduling: must be true or false, got {self.async_scheduling!r}")
-        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager"):
+        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager", "enable_expert_parallel"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, got {getattr(self, name)!r}")
         share = self.gpu_memory_utilization

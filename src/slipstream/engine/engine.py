@@ -344,6 +344,14 @@ class Engine:
             wait = 0.0 if metrics is None else now - metrics.arrived
             return take_snapshot(self.scheduler, self._rate, now, self._started, wait)
 
+    def expert_load(self) -> dict[int, list[int]]:
+        """For each layer with experts: how many tokens went to each of them since the start.
+
+        Counted with enable_expert_parallel, else {}. A GPU adds up beside the steps; asking waits for the step under way.
+        """
+        with self._lock:
+            return {i: counts.tolist() for i, counts in self.runner.model.expert_load().items()}
+
 
 def _seeds(seed: int) -> Iterator[int]:
     """A repeatable row of seeds for requests that bring none."""

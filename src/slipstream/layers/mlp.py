@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from slipstream.config import ModelConfig
@@ -30,6 +31,10 @@ class MoE(nn.Module):
         renormalize: with softmax_first, make the picked probabilities add up to one.
         bias: router and experts have biases.
         kind: the gated activation of the experts.
+
+    Attributes:
+        picked: where experts are spread over ranks: how many tokens went to each of them since the start, (experts) int64; on a GPU
+            also rows that only fill a CUDA graph up, and trials of new ones. None before the first step, and where none is counted.
     """
 
     def __init__(
@@ -46,13 +51,19 @@ class MoE(nn.Module):
         self.pick, self.experts, self.activation = ops.router, ops.experts, ops.activation
         self.kind, self.limit, self.ranks = kind, config.swiglu_limit, ops.ranks
         self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
-        n, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = n = config.num_experts
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
         self.router = Linear(ops, hidden, n, bias=bias)
-        self.gate_up = Experts(ops, n, hidden, 2 * inner, gated=True, bias=bias)
-        self.down = Experts(ops, n, inner, hidden, bias=bias)
+        self.picked: Tensor | None = None
+        self._numbers: Tensor | None = None
+        own = n if ops.ranks.experts is None else len(ops.ranks.experts)
+        self.gate_up = Experts(ops, own, hidden, 2 * inner, gated=True, bias=bias)
+        self.down = Experts(ops, own, inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
         ids, weights = self.route(x)
+        if self.ranks.experts is not None:
+            ids = self._number(ids, self.ranks.experts)
         out = self.experts.kernel.experts(
             x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
         )
@@ -62,3 +73,14 @@ class MoE(nn.Module):
         """The experts of each token and their shares, (tokens, top_k) each."""
         first, scale = self.softmax_first, self.renormalize
         return self.pick(x, self.router, self.top_k, softmax_first=first, renormalize=scale)
+
+    def _number(self, ids: Tensor, own: range) -> Tensor:
+        """The numbers that experts have on this rank, -1 for those of others. What was picked is counted: nothing waits for it."""
+        if self._numbers is None or self.picked is None:
+            numbers = torch.full((self.num_experts,), -1, dtype=ids.dtype)
+            numbers[own.start : own.stop] = torch.arange(len(own), dtype=ids.dtype)
+            self._numbers = numbers.to(ids.device)
+            self.picked = torch.zeros(self.num_experts, dtype=torch.int64, device=ids.device)
+            self._one = torch.ones(1, dtype=torch.int64, device=ids.device)
+        self.picked.index_add_(0, ids.view(-1), self._one.expand(ids.numel()))
+        return self._numbers[ids]

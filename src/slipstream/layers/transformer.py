@@ -103,6 +103,11 @@ class Transformer(nn.Module):
             [torch.tanh(rows / cap) * cap for rows in logits.float().split(1 if self.row_by_row else len(logits))]
         )
 
+    def expert_load(self) -> dict[int, Tensor]:
+        """For each layer that counts it: how many tokens went to each of all experts since the start, (experts) int64."""
+        picked = {i: getattr(layer.mlp, "picked", None) for i, layer in enumerate(self.layers)}
+        return {i: counts for i, counts in picked.items() if counts is not None}
+
     def _turns(self, positions: Tensor) -> list[Turns]:
         # Brought to the device once: later steps copy nothing.
         self._frequencies = [(freq.to(positions.device), factor) for freq, factor in self._frequencies]

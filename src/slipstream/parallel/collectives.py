@@ -7,13 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.config import ModelConfig
-from slipstream.parallel.shares import Ranks, part, share_of
+from slipstream.parallel.shares import Ranks, Share, vocab_part
 
 
 class Alone:
     """One rank: nothing to say."""
 
-    size = 1
+    ranks = Ranks()
+    experts = None
 
     def reduce(self, x: Tensor) -> Tensor:
         return x
@@ -27,15 +28,16 @@ class Together:
 
     Attributes:
         vocab: rows of embedding and head that are here.
+        experts: those that are here, where they are spread over the ranks; None where each has a part of them all.
         counted: of the key heads here, those that a sum over all ranks takes from this one, as others have them too.
         widths: of all queries and of all keys of a token.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, config: ModelConfig, ranks: Ranks) -> None:
-        self.size, self._group = ranks.size, group
-        share = share_of(config, ranks)
+    def __init__(self, group: dist.ProcessGroup | None, config: ModelConfig, ranks: Ranks, share: Share) -> None:
+        self.ranks, self._group = ranks, group
         self.vocab = share.vocab
-        self._widths = [len(part(config.vocab_size, Ranks(i, ranks.size))) for i in range(ranks.size)]
+        self.experts = share.experts if len(share.experts) < config.num_experts else None
+        self._widths = [len(vocab_part(config.vocab_size, Ranks(i, ranks.size))) for i in range(ranks.size)]
         each = config.num_heads // config.num_kv_heads
         kv = share.kv_heads
         self.counted = [h * each in share.heads and h not in kv[:i] for i, h in enumerate(kv)]

@@ -1,11 +1,13 @@
 """Which part of a model a rank has. Plain integers; no torch.
 
-Attention is cut by heads, feed-forward layers by their inner width, embedding and head by the vocabulary. Parts differ by one
-unit at most, where sizes do not divide: a unit is a head, or as many inner columns as share a scale.
+Attention is cut by heads, feed-forward layers by their inner width, embedding and head by the vocabulary; experts by their inner
+width too, or they are spread whole. Parts differ by one unit at most, where sizes do not divide: a unit is a head, or as many
+heads or inner columns as a block of weights that share a scale covers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -21,6 +23,28 @@ class Ranks:
     size: int = 1
 
 
+ALONE = Ranks()
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is not cut apart: this many, and why."""
+
+    size: int = 1
+    why: str = ""
+
+
+ONE = Unit()
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Of query heads, and of columns inside a feed-forward layer or an expert."""
+
+    heads: Unit = ONE
+    inner: Unit = ONE
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """One rank's part.
@@ -30,6 +54,7 @@ class Share:
         kv_heads: for each key head here, which of the model's it is. One is on several ranks where ranks outnumber them; it is
             here more than once where the query heads of this rank do not fill whole groups.
         inner, expert_inner: columns inside a dense feed-forward layer, and inside an expert.
+        experts: whole ones; all of them where they are cut inside.
         vocab: rows of embedding and head.
     """
 
@@ -37,6 +62,7 @@ class Share:
     kv_heads: tuple[int, ...]
     inner: range
     expert_inner: range
+    experts: range
     vocab: range
 
 
@@ -45,7 +71,7 @@ class Cut:
     """What of a parameter is here: these ranges of `dim`, one after the other.
 
     Attributes:
-        dim: counted from the end: 1 is the last one (inputs of a matrix), 2 the one before (its outputs).
+        dim: counted from the end: 1 is the last one (inputs of a matrix), 2 the one before (its outputs), 3 the experts of a stack.
         ranges: empty ranges are nothing; None is all of it.
         zero: it is all here, as zeros: another rank has it, and what ranks compute is added up.
     """
@@ -81,30 +107,64 @@ def part(total: int, ranks: Ranks, unit: int = 1) -> range:
     return range(min(start * unit, total), min(end * unit, total))
 
 
-def share_of(config: ModelConfig, ranks: Ranks, unit: int = 1) -> Share:
+def share_of(config: ModelConfig, ranks: Ranks, units: Units | None = None, *, spread: bool = False) -> Share:
     """Args:
-        unit: inner columns that are not cut apart.
+        spread: experts are whole, each on one rank.
 
     Raises:
-        ConfigError: there are more ranks than heads, or than units.
+        ConfigError: there is less of something than ranks.
     """
-    heads = part(config.num_heads, ranks)
-    inner, expert_inner = part(config.intermediate_size, ranks, unit), part(config.moe_intermediate_size, ranks, unit)
-    dense = any(not layer.moe for layer in config.layers)
-    if not heads or (dense and not inner) or (config.num_experts and not expert_inner):
-        raise ConfigError(
-            f"tensor_parallel_size: {ranks.size} ranks are more than the {config.num_heads} heads, or than the inner columns in "
-            f"units of {unit}; take fewer"
-        )
+    units = units or Units()
+    heads = _part("heads", config.num_heads, ranks, units.heads)
+    inner = range(config.intermediate_size)
+    if any(not layer.moe for layer in config.layers):
+        size = config.intermediate_size
+        inner = _part("columns inside a feed-forward layer", size, ranks, _even(size, ranks, units.inner))
+    expert_inner, experts = range(config.moe_intermediate_size), range(config.num_experts)
+    if spread and not experts:
+        raise ConfigError(f"enable_expert_parallel: a {config.model_type} model has no experts")
+    if spread:
+        experts = _part("experts", config.num_experts, ranks)
+    elif experts:
+        size = config.moe_intermediate_size
+        expert_inner = _part("columns inside an expert", size, ranks, _even(size, ranks, units.inner))
     group = config.num_heads // config.num_kv_heads
     kv = range(heads.start // group, (heads.stop - 1) // group + 1)
     filled = len(kv) == 1 or (heads.start % group == 0 and heads.stop % group == 0)
     kv_heads = tuple(kv) if filled else tuple(h // group for h in heads)
-    return Share(heads, kv_heads, inner, expert_inner, part(config.vocab_size, ranks))
+    vocab = vocab_part(config.vocab_size, ranks)
+    if config.vocab_size < ranks.size:
+        raise ConfigError(
+            f"tensor_parallel_size: {ranks.size} ranks are more than the {config.vocab_size} words of the vocabulary"
+        )
+    return Share(heads, kv_heads, inner, expert_inner, experts, vocab)
+
+
+def vocab_part(total: int, ranks: Ranks) -> range:
+    """A rank's words."""
+    return part(total, ranks, _even(total, ranks, ONE).size)
+
+
+def _even(total: int, ranks: Ranks, unit: Unit) -> Unit:
+    """Kernels like sizes of many twos: a larger unit, where that makes the largest part an eighth larger at most."""
+    sizes = (math.lcm(unit.size, twos) for twos in (32, 16, 8, 4, 2))
+    return Unit(next((n for n in sizes if total >= 8 * n * ranks.size), unit.size), unit.why)
+
+
+def _part(what: str, total: int, ranks: Ranks, unit: Unit = ONE) -> range:
+    found = part(total, ranks, unit.size)
+    most = -(-total // unit.size)
+    if most < ranks.size:
+        why = f", as {unit.why}" if unit.why else ""
+        raise ConfigError(
+            f"tensor_parallel_size: {ranks.size} ranks cannot share {total} {what}, which make {most} parts at most{why}; "
+            f"take {most} ranks or fewer"
+        )
+    return found
 
 
 def local_config(config: ModelConfig, share: Share) -> ModelConfig:
-    """The sizes of the layers on this rank."""
+    """The sizes of the layers on this rank. `num_experts` stays: every rank's router knows all of them."""
     return replace(
         config,
         vocab_size=len(share.vocab),
@@ -141,6 +201,8 @@ def cut_of(to: str, shard: str | None, shape: tuple[int, ...], config: ModelConf
         return Cut(1, (_scale(share.heads, dim, 0),))
     inner, width = share.inner, config.intermediate_size
     if shard == "expert":
+        if len(share.experts) < config.num_experts:
+            return Cut(len(shape), (share.experts,))
         inner, width = share.expert_inner, config.moe_intermediate_size
     if ".gate_up." in to:
         return Cut(row, (inner, range(width + inner.start, width + inner.stop)))

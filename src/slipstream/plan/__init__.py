@@ -8,8 +8,6 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,26 +17,20 @@ from slipstream.cache.budget import choose_page_size, divide_pages
 from slipstream.cache.spec import CacheGroup
 from slipstream.checkpoint.load import Load
 from slipstream.checkpoint.open import Checkpoint
-from slipstream.checkpoint.support import check_layers, refuse_quantized
 from slipstream.config import EngineConfig, ModelConfig
-from slipstream.errors import CapacityError, KernelError
-from slipstream.hardware import Hardware, find_hardware
-from slipstream.layers.mlp import MoE
-from slipstream.layers.ops import ExpertsChoice, Ops
+from slipstream.errors import CapacityError
+from slipstream.hardware import Hardware
+from slipstream.layers.ops import Ops
 from slipstream.layers.transformer import Transformer
-from slipstream.models import architecture
-from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
-from slipstream.ops.choose import Case, Choice, choose
-from slipstream.ops.formats.blocks import BLOCKS
-from slipstream.parallel.collectives import Together
-from slipstream.parallel.shares import Ranks, cut_of, local_config, share_of
+from slipstream.ops.choose import Choice
+from slipstream.parallel.shares import Ranks
+from slipstream.plan.choices import async_scheduling, cuda_graphs, dtype_name
 from slipstream.plan.fit import Fit
-from slipstream.plan.weights import held_bytes, plan_loads
-from slipstream.scheduler import SCORED_TOKENS
+from slipstream.plan.layout import lay_out
+from slipstream.plan.memory import graphs_bytes, sizes, workspace_bytes
+from slipstream.plan.weights import held_bytes
 
-LARGE = 32 << 30  # bytes free on a GPU from which on many requests run together
-# Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
-WAITING = {("moe", "loop"), ("moe", "reference"), ("attention", "sdpa"), ("attention", "reference")}
+__all__ = ["Plan", "dtype_name", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,21 +122,6 @@ class _Memory:
     graphs_bytes: int
 
 
-def _unit(loads: tuple[Load, ...]) -> int:
-    """Inner columns of feed-forward layers that share a scale or a block, over all layers."""
-    unit = 1
-    for item in loads:
-        if item.to.endswith("mlp.down.weight"):
-            for format, source in zip(item.formats, item.sources, strict=True):
-                size = 32 if format == "mxfp4" else BLOCKS[format][1] if format in BLOCKS else 1
-                unit = math.lcm(unit, item.group or source.group or 128 if format == "int4" else size)
-    return unit
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def make_plan(
     asked: EngineConfig,
     checkpoint: Checkpoint,
@@ -163,48 +140,19 @@ def make_plan(
         KernelError: no implementation can run an op, or a forced one cannot.
         CapacityError: it does not fit into memory; the message has the numbers.
     """
-    config = model_config or ModelConfig.from_hf(checkpoint.config)
-    home = architecture(config.model_type)
-    rename = getattr(home, "rename", str)
-    refuse_quantized(checkpoint, config.quantization)
-    check_layers(checkpoint, config.num_layers, rename)
-    why: dict[str, str] = {}
-    hardware = find_hardware(asked, why)
-    dtype = _dtype(asked, config, checkpoint, hardware, why)
-    if asked.batch_invariant:
-        why["batch_invariant"] = "asked for: every op runs in a way that gives a row the same bits in any batch"
-    choices, ops_table = _choose(asked, config, hardware, dtype)
-    ranks = ranks or Ranks()
-    model = home.build(ops_table, config)
-    loads = plan_loads(asked, checkpoint, config, model, home, ops_table, hardware.device.split(":")[0], why)
-    local = config
-    if ranks.size > 1:
-        share = share_of(config, ranks, _unit(loads))
-        local = local_config(config, share)
-        rules = {item.to: item.rule.shard for item in loads}
-        loads = tuple(
-            replace(item, cut=cut_of(item.to, rules[item.to], item.shape, config, share, ranks)) for item in loads
-        )
-        ops_table = replace(ops_table, ranks=Together(group, config, ranks))
-        model = home.build(ops_table, local)
-        for item in loads:
-            have, want = item.cut.shape(item.shape), tuple(model.get_parameter(item.to).shape)
-            if have != want:
-                raise AssertionError(f"{item.to}: {have} of {item.shape} is here, and the layer has {want}")
-    choices += _linear_choices(asked, loads, hardware, dtype)
-    choices += _experts_choice(asked, model, ops_table, loads, hardware, dtype)
-
-    groups = home.cache_spec(local)
-    held = tuple(held_bytes(item, ops_table) for item in loads)
+    laid = lay_out(asked, checkpoint, model_config, ranks or Ranks(), group)
+    config, hardware, dtype, why = laid.config, laid.hardware, laid.dtype, laid.why
+    groups = laid.home.cache_spec(laid.local)
+    held = tuple(held_bytes(item, laid.ops) for item in laid.loads)
     weights = sum(held)
     page_size = choose_page_size(asked, groups, why)
-    graphs = _cuda_graphs(asked, hardware, choices, why)
+    graphs = cuda_graphs(asked, hardware, laid.choices, why)
     gpu = hardware.device.startswith("cuda")
 
     def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
-        sequences, batched = _sizes(asked, hardware, why)
-        workspace = _workspace_bytes(config, batched, sequences, dtype)
-        graphs_bytes = _graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        sequences, batched = sizes(asked, hardware, why)
+        workspace = workspace_bytes(config, batched, sequences, dtype)
+        spare = graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
         max_len, num_pages = divide_pages(
             asked,
             groups,
@@ -215,27 +163,21 @@ def make_plan(
             dtype_bytes=dtype.itemsize,
             free_bytes=free_bytes,
             gpu=gpu,
-            other_bytes=weights + workspace + graphs_bytes,
+            other_bytes=weights + workspace + spare,
             # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
-            bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
+            bytes_per_token=(2 * laid.local.num_heads * config.head_dim + batched) * dtype.itemsize,
             why=why,
         )
-        return _Memory(sequences, batched, max_len, num_pages, workspace, graphs_bytes)
-
-    def repacked(quantization: str) -> int:
-        other, device = replace(asked, quantization=quantization), hardware.device.split(":")[0]
-        loads = plan_loads(other, checkpoint, config, model, home, ops_table, device, {})
-        _experts_choice(other, model, ops_table, loads, hardware, dtype)
-        return sum(held_bytes(item, ops_table) for item in loads)
+        return _Memory(sequences, batched, max_len, num_pages, workspace, spare)
 
     try:
         memory = divide(asked, weights, hardware.free_bytes, why)
     except CapacityError as e:
-        sequences, batched = _sizes(asked, hardware, {})
+        sequences, batched = sizes(asked, hardware, {})
         sized = replace(asked, max_num_seqs=sequences, max_num_batched_tokens=batched)
         longest = config.max_position_embeddings
         fit = Fit(
-            sized, longest, hardware.free_bytes, gpu, weights, lambda a, w, free: divide(a, w, free, {}), repacked
+            sized, longest, hardware.free_bytes, gpu, weights, lambda a, w, free: divide(a, w, free, {}), laid.repacked
         )
         raise fit.advise(e) from None
     kv = sum(n * page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, memory.num_pages, strict=True))
@@ -245,10 +187,10 @@ def make_plan(
         hardware=hardware,
         device=torch.device(hardware.device),
         dtype=dtype,
-        choices=tuple(choices),
-        ops=ops_table,
-        model=model,
-        loads=loads,
+        choices=tuple(laid.choices),
+        ops=laid.ops,
+        model=laid.model,
+        loads=laid.loads,
         held=held,
         groups=groups,
         num_pages=memory.num_pages,
@@ -261,175 +203,6 @@ def make_plan(
         workspace_bytes=memory.workspace_bytes,
         graphs_bytes=memory.graphs_bytes,
         cuda_graphs=graphs,
-        async_scheduling=_async_scheduling(asked, hardware, why),
+        async_scheduling=async_scheduling(asked, hardware, why),
         why=why,
     )
-
-
-def _sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple[int, int]:
-    """Sequences that run together, and tokens of one step. A large GPU is busy only with many of both."""
-    large = hardware.device.startswith("cuda") and hardware.free_bytes >= LARGE
-    found = []
-    for name, most, else_ in (("max_num_seqs", 256, 64), ("max_num_batched_tokens", 8192, 2048)):
-        value = getattr(asked, name)
-        why[name] = "asked for"
-        if value is None:
-            value = most if large else else_
-            why[name] = (
-                f"more than {LARGE >> 30} GiB are free on a GPU"
-                if large
-                else f"a GPU with {LARGE >> 30} GiB free takes {most}"
-            )
-        found.append(value)
-    return found[0], found[1]
-
-
-def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], why: dict[str, str]) -> bool:
-    """Whether decoding steps are recorded and replayed."""
-    if not hardware.device.startswith("cuda"):
-        return False
-    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op, c.name) in WAITING]
-    if asked.enforce_eager:
-        why["cuda_graphs"] = "no: enforce_eager was asked for"
-    elif waits:
-        why["cuda_graphs"] = f"no: {', '.join(waits)} needs the host in the middle of a step"
-    else:
-        why["cuda_graphs"] = "decoding steps are recorded once for each size, and replayed"
-    return not asked.enforce_eager and not waits
-
-
-def _graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
-    """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
-    spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
-    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * dtype.itemsize
-
-
-def _async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:
-    """Whether a step is launched before the one before it is looked at."""
-    gpu = hardware.device.startswith("cuda")
-    why["async_scheduling"] = (
-        "asked for"
-        if asked.async_scheduling is not None
-        else (
-            "while the GPU runs a step, the next one is made"
-            if gpu
-            else "on a CPU the next step would wait for the same cores"
-        )
-    )
-    return gpu if asked.async_scheduling is None else asked.async_scheduling
-
-
-def _dtype(
-    asked: EngineConfig, config: ModelConfig, checkpoint: Checkpoint, hardware: Hardware, why: dict[str, str]
-) -> torch.dtype:
-    if asked.dtype != "auto":
-        why["dtype"] = "asked for"
-        return getattr(torch, asked.dtype)
-    blocks = any(t.is_quantized and not t.parts for t in checkpoint.tensors.values())  # GGUF does not say
-    name = "bfloat16" if blocks else config.dtype
-    why["dtype"] = "quantized weights run in bfloat16" if blocks else "the checkpoint's own"
-    if name == "float16" and hardware.device == "cpu":
-        name, why["dtype"] = "bfloat16", "float16 has no fast path on CPUs, bfloat16 has the same size"
-    return getattr(torch, name)
-
-
-def _case(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, **facts: Any) -> Case:
-    if asked.batch_invariant:
-        facts["batch_invariant"] = True
-    return Case(hardware.device.split(":")[0], dtype_name(dtype), hardware.capability, facts)
-
-
-def _choose(
-    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype
-) -> tuple[list[Choice], Ops]:
-    case = _case(asked, hardware, dtype)
-    sinks = config.model_type == "gpt_oss"
-    attend = _case(asked, hardware, dtype, softcap=config.attn_logit_softcapping, sinks=sinks, head_dim=config.head_dim)
-    width = max(config.hidden_size, config.num_heads * config.head_dim)
-    chosen = {
-        "norm": choose("norm", norm.IMPLS, _case(asked, hardware, dtype, width=width)),
-        "attention_input": choose("attention_input", attention_input.IMPLS, case),
-        "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
-        "activation": choose("activation", activation.IMPLS, case),
-        "sampling": choose("sampling", sampling.IMPLS, case),
-        "pick": choose("pick", sampling.PICK, case),
-        "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
-    }
-    if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
-        choose("linear", linear.IMPLS, case, asked.linear_implementation)  # says which there are
-    kernels: dict[tuple[Any, ...], Any] = {}
-
-    def kernel(format: str, out_features: int, in_features: int, shared: bool) -> Any:
-        key = (format, out_features, in_features, shared)
-        if key not in kernels:
-            kernels[key] = _linear(asked, hardware, dtype, *key).fn
-        return kernels[key]
-
-    table = Ops(
-        add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
-        activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
-        sample=chosen["sampling"].fn, pick=chosen["pick"].fn,
-        row_by_row=asked.batch_invariant and case.device == "cpu",
-    )  # fmt: skip
-    if not config.num_experts:
-        del chosen["router"]
-    if case.device != "cuda" and not asked.async_scheduling:
-        del chosen["pick"]
-    return list(chosen.values()), table
-
-
-def _linear(
-    asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool
-) -> Choice:
-    case = _case(asked, hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
-    force = asked.linear_implementation
-    if any(i.name == force and i.reject(case) is not None for i in linear.IMPLS):
-        force = None  # not for this weight; that it is for none of them is an error, once all are known
-    return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
-
-
-def _experts_choice(
-    asked: EngineConfig, model: Transformer, table: Ops, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
-) -> list[Choice]:
-    layers = [m for m in model.modules() if isinstance(m, MoE)]
-    if not layers:
-        return []
-    stacks = [part for item in loads if item.to.endswith(".weight") and len(item.shape) == 3 for part in item.parts()]
-    case = _case(
-        asked, hardware, dtype, kinds={m.kind for m in layers}, formats={part.format for part in stacks},
-        sizes={part.local[1:] for part in stacks},
-    )  # fmt: skip
-    choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
-    table.experts.kernel = choice.fn
-    return [choice]
-
-
-def _linear_choices(
-    asked: EngineConfig, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
-) -> list[Choice]:
-    found: dict[tuple[str, str], Choice] = {}
-    for item in loads:
-        if item.to.endswith(".weight") and len(item.shape) > 1 and item.to != "embed.weight":
-            for part in item.parts():
-                format, shape = part.format, part.local
-                if 0 in shape:
-                    continue
-                c = _linear(asked, hardware, dtype, format, shape[-2], shape[-1], item.shared)
-                found.setdefault((c.op, c.name), c)
-    forced = asked.linear_implementation
-    if forced is not None and all(c.name != forced for c in found.values()):
-        reasons = "; ".join(f"{c.op}: {why}" for c in found.values() for name, why in c.rejected if name == forced)
-        raise KernelError(f"linear_implementation: {forced!r} can run none of the weights: {reasons}")
-    return list(found.values())
-
-
-def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
-    """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
-    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
-    return _layer_bytes(config, tokens, dtype) + 3 * rows * config.vocab_size * 4
-
-
-def _layer_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
-    inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
-    heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
-    return tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize

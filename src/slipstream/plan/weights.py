@@ -148,8 +148,8 @@ def held_bytes(item: Load, ops: Ops) -> int:
             continue
         kernel = None if item.to == "embed.weight" else ops.linear(format, shape[-2], shape[-1], item.shared)
         packed = packed_bytes(item, format, part.sources, part.shape) * math.prod(shape) // math.prod(part.shape)
-        own = None
-        if kernel is not None and hasattr(kernel, "held_bytes"):
+        own = ops.experts.kernel.held_bytes(format, shape, ops.dtype) if len(shape) == 3 else None
+        if own is None and kernel is not None and hasattr(kernel, "held_bytes"):
             own = kernel.held_bytes(format, shape, ops.dtype, packed)
         if own is not None:
             total += own

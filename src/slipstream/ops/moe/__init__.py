@@ -1,6 +1,7 @@
 """Mixture of experts after the router: experts(x, ids, weights, gate_up, down, activation, *, kind, limit) -> like x.
 
-x (tokens, hidden); ids, weights (tokens, top_k). `gate_up` and `down` are stacks of layers: gate_up(x, e) ->
+x (tokens, hidden); ids, weights (tokens, top_k); an id below zero is of an expert that is not here: it costs nothing and counts
+as zero. `gate_up` and `down` are stacks of layers: gate_up(x, e) ->
 (tokens, 2 * intermediate), gate first, and down(x, e) -> (tokens, hidden) are those of expert e, with their biases, in
 whatever format they are held; activation(gate_up, kind, limit) is the op that was chosen.
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from slipstream.ops.choose import Case, Impl, needs_triton
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Expert = Callable[["Tensor", int], "Tensor"]
@@ -24,12 +26,17 @@ Prepare = Callable[..., "tuple[Tensor, ...]"]
 Activation = Callable[["Tensor", str, float], "Tensor"]
 
 
+def _as_packed(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsKernel:
-    """What an implementation consists of."""
+    """What an implementation consists of. `held_bytes` of a stack are None where they are those of the format."""
 
     experts: Callable[..., Tensor]
     prepare: Prepare | None = None
+    held_bytes: Callable[[str, tuple[int, ...], torch.dtype], int | None] = _as_packed
 
 
 def _reference() -> ExpertsKernel:
@@ -45,9 +52,9 @@ def _loop() -> ExpertsKernel:
 
 
 def _triton() -> ExpertsKernel:
-    from slipstream.ops.moe.triton import prepare, stacks
+    from slipstream.ops.moe.triton import held_bytes, prepare, stacks
 
-    return ExpertsKernel(stacks, prepare)
+    return ExpertsKernel(stacks, prepare, held_bytes)
 
 
 def _reject_triton(case: Case) -> str | None:

@@ -34,7 +34,7 @@ def schedule(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program an expert. experts (tiles): the expert of each tile, -1 for those beyond the last, then the number of
     tiles; order (tiles, BLOCK_M): the pairs in each tile, in order, num_pairs where there is none. With SORT, order (pairs):
-    where each pair would stand there."""
+    where each pair would stand there, -1 for those of ids below zero, which are in no tile."""
     if CHAIN:
         gdc_wait()
         gdc_launch_dependents()
@@ -42,7 +42,8 @@ def schedule(  # type: ignore[no-untyped-def]
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, num_pairs, SIZE):
         at = start + tl.arange(0, SIZE)
-        counts += tl.histogram(tl.load(ids + at, mask=at < num_pairs, other=BINS - 1).to(tl.int32), BINS)
+        found = tl.load(ids + at, mask=at < num_pairs, other=BINS - 1).to(tl.int32)
+        counts += tl.histogram(tl.where(found < 0, BINS - 1, found), BINS)
     bins = tl.arange(0, BINS)
     tiles = tl.cdiv(counts, BLOCK_M)
     first = tl.sum(tl.where(bins < own, tiles, 0))
@@ -57,10 +58,12 @@ def schedule(  # type: ignore[no-untyped-def]
     to = first * BLOCK_M
     for start in range(0, num_pairs, SIZE):
         at = start + tl.arange(0, SIZE)
-        mine = (tl.load(ids + at, mask=at < num_pairs, other=BINS - 1).to(tl.int32) == own).to(tl.int32)
+        found = tl.load(ids + at, mask=at < num_pairs, other=BINS - 1).to(tl.int32)
+        mine = (found == own).to(tl.int32)
         place = to + tl.cumsum(mine, 0) - 1
         if SORT:
-            tl.store(order + at, place, mask=mine == 1)
+            nowhere = (found < 0) & (own == tl.num_programs(0) - 1)
+            tl.store(order + at, tl.where(nowhere, -1, place), mask=(mine == 1) | nowhere)
         else:
             tl.store(order + place, at, mask=mine == 1)
         to += tl.sum(mine)
@@ -82,7 +85,7 @@ def gather(  # type: ignore[no-untyped-def]
     words = tl.load(x + token * x_stride + ((at & ~7) | ((at & 3) << 1) | ((at & 4) >> 2)), mask=at < width)
     for slot in tl.static_range(TOP_K):
         place = tl.load(places + token * TOP_K + slot).to(tl.int64)
-        tl.store(out + place * width + at, words, mask=at < width)
+        tl.store(out + place * width + at, words, mask=(at < width) & (place >= 0))
 
 
 @triton.jit
@@ -226,10 +229,10 @@ def tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def add(  # type: ignore[no-untyped-def]
-    sums, weights, places, out, width, num_pairs,
+    sums, ids, weights, places, out, width, num_pairs,
     TOP_K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """One token's experts together, each by its weight, in the order in which they were picked."""
+    """One token's experts together, each by its weight, in the order in which they were picked; not those of ids below zero."""
     if CHAIN:
         gdc_wait()
         gdc_launch_dependents()
@@ -239,9 +242,10 @@ def add(  # type: ignore[no-untyped-def]
     y = tl.zeros((SIZE,), tl.float32)
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
-        place = pair if places is None else tl.load(places + pair).to(tl.int64)
+        here = tl.load(ids + pair) >= 0
+        place = pair if places is None else tl.maximum(tl.load(places + pair), 0).to(tl.int64)
         one = tl.zeros((SIZE,), tl.float32)
         for part in tl.static_range(PARTS):
             one += tl.load(sums + (part * num_pairs + place) * width + at, mask=inside, other=0).to(tl.float32)
-        y += one * tl.load(weights + pair)
+        y += tl.where(here, one, 0) * tl.load(weights + pair)
     tl.store(out + token * width + at, y.to(out.dtype.element_ty), mask=inside)

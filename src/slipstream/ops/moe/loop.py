@@ -21,6 +21,8 @@ def experts(
 ) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
         token, slot = (ids == expert).nonzero(as_tuple=True)
         h = down(activation(gate_up(x[token], expert), kind, limit), expert)
         out.index_add_(0, token, h.float() * weights[token, slot, None].float())

@@ -22,6 +22,8 @@ def experts(
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for token in range(x.shape[0]):
         for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
+            if expert < 0:
+                continue
             h = down(activation(gate_up(x[token, None], expert), kind, limit), expert)
             out[token] += weight.float() * h[0].float()
     return out.to(x.dtype)

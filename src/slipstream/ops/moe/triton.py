@@ -86,6 +86,12 @@ def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple
     return data.view(-1).view(torch.int32).view(*shape, 128), scales.view(-1).view(torch.int32).view(*shape, 8)
 
 
+def held_bytes(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """What `prepare` makes of a stack (experts, out, in) of that format: blocks in twos."""
+    number, rows, width = shape
+    return number * rows * (width // 32 + width // 32 % 2) * 17 if format == "mxfp4" else None
+
+
 def _slabs(rows: Tensor, gated: bool) -> Tensor:
     """(rows, blocks, ...) -> (slabs, 2, 8, blocks / 2, 2, ...); gated: the first half of a slab gate, the second up."""
     found = rows.view(2, -1, 8, *rows.shape[1:]).transpose(0, 1) if gated else rows.view(-1, 2, 8, *rows.shape[1:])
@@ -144,7 +150,7 @@ def experts(
             sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, kind, limit), None
         size = min(1024, triton.next_power_of_2(hidden))
         kernels.add[(tokens, triton.cdiv(hidden, size))](
-            sums, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
+            sums, ids, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
         )
     return out
 

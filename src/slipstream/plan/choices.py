@@ -1,0 +1,158 @@
+"""Which implementation runs each op, and the other choices that have nothing to do with memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from slipstream.checkpoint.load import Load
+from slipstream.checkpoint.open import Checkpoint
+from slipstream.config import EngineConfig, ModelConfig
+from slipstream.errors import KernelError
+from slipstream.hardware import Hardware
+from slipstream.layers.mlp import MoE
+from slipstream.layers.ops import ExpertsChoice, Ops
+from slipstream.layers.transformer import Transformer
+from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
+from slipstream.ops.choose import Case, Choice, choose
+
+# Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
+WAITING = {("moe", "loop"), ("moe", "reference"), ("attention", "sdpa"), ("attention", "reference")}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_dtype(
+    asked: EngineConfig, config: ModelConfig, checkpoint: Checkpoint, hardware: Hardware, why: dict[str, str]
+) -> torch.dtype:
+    if asked.dtype != "auto":
+        why["dtype"] = "asked for"
+        return getattr(torch, asked.dtype)
+    blocks = any(t.is_quantized and not t.parts for t in checkpoint.tensors.values())  # GGUF does not say
+    name = "bfloat16" if blocks else config.dtype
+    why["dtype"] = "quantized weights run in bfloat16" if blocks else "the checkpoint's own"
+    if name == "float16" and hardware.device == "cpu":
+        name, why["dtype"] = "bfloat16", "float16 has no fast path on CPUs, bfloat16 has the same size"
+    return getattr(torch, name)
+
+
+def _case(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, **facts: Any) -> Case:
+    if asked.batch_invariant:
+        facts["batch_invariant"] = True
+    return Case(hardware.device.split(":")[0], dtype_name(dtype), hardware.capability, facts)
+
+
+def choose_ops(
+    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype
+) -> tuple[list[Choice], Ops]:
+    case = _case(asked, hardware, dtype)
+    sinks = config.model_type == "gpt_oss"
+    attend = _case(asked, hardware, dtype, softcap=config.attn_logit_softcapping, sinks=sinks, head_dim=config.head_dim)
+    width = max(config.hidden_size, config.num_heads * config.head_dim)
+    chosen = {
+        "norm": choose("norm", norm.IMPLS, _case(asked, hardware, dtype, width=width)),
+        "attention_input": choose("attention_input", attention_input.IMPLS, case),
+        "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
+        "activation": choose("activation", activation.IMPLS, case),
+        "sampling": choose("sampling", sampling.IMPLS, case),
+        "pick": choose("pick", sampling.PICK, case),
+        "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
+    }
+    if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
+        choose("linear", linear.IMPLS, case, asked.linear_implementation)  # says which there are
+    kernels: dict[tuple[Any, ...], Any] = {}
+
+    def kernel(format: str, out_features: int, in_features: int, shared: bool) -> Any:
+        key = (format, out_features, in_features, shared)
+        if key not in kernels:
+            kernels[key] = _linear(asked, hardware, dtype, *key).fn
+        return kernels[key]
+
+    table = Ops(
+        add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
+        activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
+        sample=chosen["sampling"].fn, pick=chosen["pick"].fn,
+        row_by_row=asked.batch_invariant and case.device == "cpu",
+    )  # fmt: skip
+    if not config.num_experts:
+        del chosen["router"]
+    if case.device != "cuda" and not asked.async_scheduling:
+        del chosen["pick"]
+    return list(chosen.values()), table
+
+
+def _linear(
+    asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool
+) -> Choice:
+    case = _case(asked, hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
+    force = asked.linear_implementation
+    if any(i.name == force and i.reject(case) is not None for i in linear.IMPLS):
+        force = None  # not for this weight; that it is for none of them is an error, once all are known
+    return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
+
+
+def experts_choice(
+    asked: EngineConfig, model: Transformer, table: Ops, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
+) -> list[Choice]:
+    layers = [m for m in model.modules() if isinstance(m, MoE)]
+    if not layers:
+        return []
+    stacks = [part for item in loads if item.to.endswith(".weight") and len(item.shape) == 3 for part in item.parts()]
+    case = _case(
+        asked, hardware, dtype, kinds={m.kind for m in layers}, formats={part.format for part in stacks},
+        sizes={part.local[1:] for part in stacks},
+    )  # fmt: skip
+    choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
+    table.experts.kernel = choice.fn
+    return [choice]
+
+
+def linear_choices(
+    asked: EngineConfig, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
+) -> list[Choice]:
+    found: dict[tuple[str, str], Choice] = {}
+    for item in loads:
+        if item.to.endswith(".weight") and len(item.shape) > 1 and item.to != "embed.weight":
+            for part in item.parts():
+                format, shape = part.format, part.local
+                if 0 in shape:
+                    continue
+                c = _linear(asked, hardware, dtype, format, shape[-2], shape[-1], item.shared)
+                found.setdefault((c.op, c.name), c)
+    forced = asked.linear_implementation
+    if forced is not None and all(c.name != forced for c in found.values()):
+        reasons = "; ".join(f"{c.op}: {why}" for c in found.values() for name, why in c.rejected if name == forced)
+        raise KernelError(f"linear_implementation: {forced!r} can run none of the weights: {reasons}")
+    return list(found.values())
+
+
+def cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], why: dict[str, str]) -> bool:
+    """Whether decoding steps are recorded and replayed."""
+    if not hardware.device.startswith("cuda"):
+        return False
+    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op, c.name) in WAITING]
+    if asked.enforce_eager:
+        why["cuda_graphs"] = "no: enforce_eager was asked for"
+    elif waits:
+        why["cuda_graphs"] = f"no: {', '.join(waits)} needs the host in the middle of a step"
+    else:
+        why["cuda_graphs"] = "decoding steps are recorded once for each size, and replayed"
+    return not asked.enforce_eager and not waits
+
+
+def async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:
+    """Whether a step is launched before the one before it is looked at."""
+    gpu = hardware.device.startswith("cuda")
+    why["async_scheduling"] = (
+        "asked for"
+        if asked.async_scheduling is not None
+        else (
+            "while the GPU runs a step, the next one is made"
+            if gpu
+            else "on a CPU the next step would wait for the same cores"
+        )
+    )
+    return gpu if asked.async_scheduling is None else asked.async_scheduling
