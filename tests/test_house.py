@@ -51,6 +51,8 @@ CATCHES_ALL = {
     "llm_batch.py": "a caller's result handler may raise anything, and only its own result is to say so",
     "pump.py": "a failed pass ends only those that were in it",
     "engine/engine.py": "a caller's `deliver` may raise anything, and only its own request is to end",
+    "engine/worker.py": "where a rank's process ends; rank 0 hears what it was, and raises it",
+    "parallel/launch.py": "one thread works, another waits, and raises what the first one caught",
     "async_llm.py": "one thread serves all tasks; what it catches is raised where the task waits",
 }
 
@@ -96,6 +98,8 @@ def allowed(importer: str, imported: str) -> bool:
         if inner is None or len(here) < 2 or len(there) < 2 or here[1] == there[1]:
             return True
         return inner.index(there[1]) < inner.index(here[1])
+    if here[0] == "__main__":
+        return there == ["cli", "main"]
     if here[0] in FRONTS:
         return there[0] in ORDER or here[0] == "cli"
     return {here[0], there[0]} <= {*ORDER} and ORDER.index(there[0]) < ORDER.index(here[0])

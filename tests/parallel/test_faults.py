@@ -168,3 +168,44 @@ def test_fifty_faults(folder: Path, what: signal.Signals) -> None:
     with ThreadPoolExecutor(int(os.environ.get("ROUNDS_AT_ONCE", "2"))) as pool:
         took = sorted(pool.map(lambda t: one_round(folder, what, *t), todo))
     print(f"\n50 x {what.name}: median {took[25]:.1f} s, longest {took[-1]:.1f} s until all were gone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP], ids=lambda v: v.name)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("delay", [4.0, 12.0])  # about while it starts, and in steps
+def test_a_fault_under_torchrun(folder: Path, what: signal.Signals, rank: int, delay: float) -> None:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.parallel.front", str(folder), "2"]
+    launcher = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    ranks: dict[int, int] = {}
+    try:
+        end = time.monotonic() + 60
+        while len(ranks) < 2:
+            assert time.monotonic() < end
+            ranks = launched(launcher.pid)
+            time.sleep(0.05)
+        time.sleep(delay)
+        os.kill(ranks[rank], what)
+        out, _ = launcher.communicate(timeout=WITHIN)
+        assert launcher.returncode and not any(map(lives, ranks.values()))
+        assert f"rank {rank} " in out or f"rank      : {rank} " in out, out
+    finally:
+        for pid in (*ranks.values(), launcher.pid):
+            if lives(pid):
+                os.kill(pid, signal.SIGKILL)
+        launcher.communicate()
+
+
+def launched(launcher: int) -> dict[int, int]:
+    """rank -> pid of what torchrun has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == launcher:
+                words = (folder / "environ").read_bytes().split(b"\0")
+                found[int(next(w for w in words if w.startswith(b"RANK="))[5:])] = int(folder.name)
+        except (OSError, StopIteration):
+            continue
+    return found

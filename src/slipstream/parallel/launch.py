@@ -103,6 +103,7 @@ class Others:
         self.store: dist.Store | None = None
         self.ranks: list[_Rank] = []
         self._size, self._waiting, self._joined = size, 0, False
+        self._owner = os.getpid()
         self._closed, self._changing = False, threading.RLock()
 
     def start(self, words: Mapping[str, Any]) -> None:
@@ -278,7 +279,7 @@ class Others:
     def close(self) -> None:
         """End all ranks but this one."""
         with self._changing:
-            if self._closed:
+            if self._closed or os.getpid() != self._owner:  # a fork of this process has not started them
                 return
             self._closed = True
         for rank in self.ranks:
@@ -337,6 +338,8 @@ def connect(
 def _connect(ranks: Ranks, store: dist.Store, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     options: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.size, "timeout": FOREVER}
     if device.type == "cuda":  # not tried on a card yet
+        # Else torch ends this process when another rank is gone; we want to say which one it was.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, **options)
     else:

@@ -95,9 +95,11 @@ def obey(link: Link, front: int | None = None) -> None:
             own work may leave no room for signs of life, so only one that was stopped has said nothing for too long.
     """
 
+    parent = os.getppid()
+
     def watch() -> None:
         while (end := link.said("end")) is None and not link.closed:
-            if time.monotonic() - link.heard > SILENCE and (front is not None or not _runs(os.getppid())):
+            if time.monotonic() - link.heard > SILENCE and (front is not None or not _runs(parent)):
                 break
             time.sleep(0.1)
         if end is None:
@@ -117,9 +119,9 @@ def obey(link: Link, front: int | None = None) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether it is known that a process was not stopped."""
+    """Whether it is known that the parent is there, and was not stopped."""
     try:
         with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "RSD"
+            return os.getppid() == process and file.read().rpartition(")")[2].split()[0] in "RSD"
     except OSError:
         return False
