@@ -49,6 +49,10 @@ class LLM:
     def _start(
         self, model: str | os.PathLike[str], asked: EngineConfig, progress: Callable[[int, int], None] | None
     ) -> None:
+        if asked.tensor_parallel_size > 1 and os.environ.get("RANK") == "0":
+            from slipstream.parallel.launcher import announce
+
+            announce()  # fetching a model may take long, and other ranks wait
         from slipstream.sources import resolve
 
         random = asked.weights == "random"

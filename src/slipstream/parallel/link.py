@@ -17,7 +17,7 @@ from typing import Any
 
 BEAT = 1.0
 SILENCE = 15.0  # seconds without a sign of life, then the other end is taken for lost
-STARTING = 22.0  # while it starts: importing torch leaves no room for signs for a while
+STARTING = 20.0  # while it starts: importing torch leaves no room for signs for a while
 LOST = 7  # how a rank ends that has lost rank 0; RankError.exit_code is the same
 
 
