@@ -176,7 +176,7 @@ def test_fifty_faults(folder: Path, what: signal.Signals) -> None:
     (
         "what",
         "delay",
-    ),  # about while it starts, and in steps; a rank 0 that is stopped before it speaks of a model is not seen so soon
+    ),  # about while it starts, and in steps; rank 0 is not missed so soon before it has spoken
     [(signal.SIGKILL, 4.0), (signal.SIGKILL, 12.0), (signal.SIGSTOP, 12.0)],
     ids=lambda v: getattr(v, "name", str(v)),
 )
