@@ -50,8 +50,9 @@ class LLM:
         self, model: str | os.PathLike[str], asked: EngineConfig, progress: Callable[[int, int], None] | None
     ) -> None:
         if asked.tensor_parallel_size > 1 and os.environ.get("RANK") == "0":
-            from slipstream.parallel.launcher import announce
+            from slipstream.parallel.launcher import announce, refuse_other_size
 
+            refuse_other_size(asked.tensor_parallel_size)
             announce()  # fetching a model may take long, and other ranks wait
         from slipstream.sources import resolve
 

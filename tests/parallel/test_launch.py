@@ -81,11 +81,14 @@ def test_the_same_tokens_one_model_after_another(folder: Path) -> None:
 def test_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot share cuda:1"):
         two(folder, device="cuda:1")
-    with pytest.raises(ConfigError, match="5 ranks are more than"):
+    with pytest.raises(ConfigError, match="tensor_parallel_size: 5 ranks"):
         LLM(folder, tensor_parallel_size=5, **OPTIONS)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="3 ranks"):
+        two(folder)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
         two(folder)
 
 

@@ -112,15 +112,22 @@ def _kill(process: int | None) -> None:
 
 def dismiss() -> None:
     """On rank 0: tell those that wait for it that it needs them no more, if it never did."""
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError, ConfigError):  # ConfigError: as it said before
         store = launchers_store()
         if not store.check([FRONT]):
             store.set(FRONT, json.dumps(["", 0, None]))
 
 
 def launchers_store() -> dist.Store:
+    """Raises ConfigError: the environment does not say where it is."""
     if not _kept:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=COMING)))
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=COMING)))
+        except ValueError as e:
+            raise ConfigError(
+                f"tensor_parallel_size: RANK and WORLD_SIZE are set, as by a launcher, but not all that it sets: {e}; use torchrun, "
+                f"or unset them"
+            ) from e
         _kept.append(dist.PrefixStore("slipstream", store))
     return _kept[0]
 
