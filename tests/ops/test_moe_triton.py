@@ -363,6 +363,32 @@ def test_it_compiles_for_hopper(
     assert counted / each < most, f"{counted / each:.2f} instructions a weight"
 
 
+@pytest.mark.parametrize("sort", [False, True])
+def test_what_stands_around_the_products_compiles_for_hopper(
+    sort: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"x": "*i32", "out": "*bf16", "sums": "*bf16" if sort else "*fp32", "weights": "*fp32", "places": "*i32"}
+    types |= {"ids": "*i32", "experts": "*i32", "order": "*i32"}
+    constants: dict[str, dict[str, Any]] = {
+        "schedule": {"BINS": 64, "BLOCK_M": 128, "SORT": sort, "SIZE": 4096, "CHAIN": True},
+        "gather": {"TOP_K": 4, "SIZE": 2048, "CHAIN": True},
+        "add": {"TOP_K": 4, "PARTS": 1 if sort else 3, "SIZE": 1024, "CHAIN": True}
+        | ({} if sort else {"places": None}),
+    }
+    for name, fixed in constants.items():
+        kernel = getattr(kernels, name)
+        known = types | ({"out": "*i32"} if name == "gather" else {})
+        signature = {a: "constexpr" if a in fixed else known.get(a, "i32") for a in kernel.arg_names}
+        options = {"num_warps": 8 if name == "schedule" else 4}
+        made = triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32), options=options)
+        machine_code(made.asm["cubin"], tmp_path / f"{name}.cubin")  # nothing is spilled
+
+
 @pytest.mark.parametrize("kind", ["swiglu_clamped", "silu", None])
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_grouped_product_compiles_for_hopper(
