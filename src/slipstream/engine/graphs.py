@@ -153,6 +153,14 @@ class Decoder:
             run = self._recorded[shape] = self._record(self._step(shape), again)
         return run()[: len(chunks)]
 
+    def rehearse(self) -> None:
+        """Run a step of every size and every width once, unrecorded: `warm` gathers what they launch."""
+        widths = [tuple(_width(pages, most) for most in self._most) for pages in _widths(max(self._most))]
+        few = {*self._sizes[:3], self._sizes[-1]}  # rows by which the inputs may stand in memory in another way
+        for rows in self._sizes:
+            for wide in widths if rows in few else widths[:1]:
+                self._step(Shape(rows, wide))()
+
     def _step(self, shape: Shape) -> Run:
         wide, narrow, *tables, heat, known = self._inputs.device(shape)
         rows = shape.rows
@@ -209,6 +217,14 @@ def _width(pages: int, most: int) -> int:
     while width < pages:
         width *= 2
     return min(width, most)
+
+
+def _widths(most: int) -> list[int]:
+    """All widths of tables, for a group whose widest has so many pages."""
+    found = [NARROW]
+    while found[-1] < most:
+        found.append(2 * found[-1])
+    return found
 
 
 class CudaGraphs:

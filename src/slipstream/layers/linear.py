@@ -82,7 +82,7 @@ class Experts(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.ops, self.gated = ops, gated
+        self.ops, self.gated, self.shape = ops, gated, (num_experts, out_features, in_features)
         self.weight: nn.Parameter | None = _meta(num_experts, out_features, in_features, dtype=ops.dtype)
         self.bias = _meta(num_experts, out_features, dtype=ops.dtype) if bias else None
         self.kernel: LinearKernel | None = None

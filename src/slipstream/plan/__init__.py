@@ -28,6 +28,7 @@ from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
+from slipstream.ops.tuned import Tuned, tuned
 from slipstream.plan.fit import Fit
 from slipstream.plan.weights import held_bytes, plan_loads
 from slipstream.scheduler import SCORED_TOKENS
@@ -149,11 +150,12 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     dtype = _dtype(asked, config, checkpoint, hardware, why)
     if asked.batch_invariant:
         why["batch_invariant"] = "asked for: every op runs in a way that gives a row the same bits in any batch"
-    choices, ops_table = _choose(asked, config, hardware, dtype)
+    known = tuned(hardware.device, hardware.name, why)
+    choices, ops_table = _choose(asked, config, hardware, dtype, known)
     model = home.build(ops_table, config)
     loads = plan_loads(asked, checkpoint, config, model, home, ops_table, hardware.device.split(":")[0], why)
     choices += _linear_choices(asked, loads, hardware, dtype)
-    choices += _experts_choice(asked, model, ops_table, loads, hardware, dtype)
+    choices += _experts_choice(asked, model, ops_table, loads, hardware, dtype, known)
 
     groups = home.cache_spec(config)
     held = tuple(held_bytes(item, ops_table) for item in loads)
@@ -186,7 +188,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     def repacked(quantization: str) -> int:
         other, device = replace(asked, quantization=quantization), hardware.device.split(":")[0]
         loads = plan_loads(other, checkpoint, config, model, home, ops_table, device, {})
-        _experts_choice(other, model, ops_table, loads, hardware, dtype)
+        _experts_choice(other, model, ops_table, loads, hardware, dtype, known)
         return sum(held_bytes(item, ops_table) for item in loads)
 
     try:
@@ -301,7 +303,7 @@ def _case(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, **facts: 
 
 
 def _choose(
-    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype
+    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype, known: Tuned
 ) -> tuple[list[Choice], Ops]:
     case = _case(asked, hardware, dtype)
     sinks = config.model_type == "gpt_oss"
@@ -323,7 +325,8 @@ def _choose(
     def kernel(format: str, out_features: int, in_features: int, shared: bool) -> Any:
         key = (format, out_features, in_features, shared)
         if key not in kernels:
-            kernels[key] = _linear(asked, hardware, dtype, *key).fn
+            choice = _linear(asked, hardware, dtype, *key)
+            kernels[key] = known.linear_kernel(choice, dtype_name(dtype), (out_features, in_features))
         return kernels[key]
 
     table = Ops(
@@ -350,8 +353,9 @@ def _linear(
 
 
 def _experts_choice(
-    asked: EngineConfig, model: Transformer, table: Ops, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
-) -> list[Choice]:
+    asked: EngineConfig, model: Transformer, table: Ops, loads: tuple[Load, ...], hardware: Hardware,
+    dtype: torch.dtype, known: Tuned,
+) -> list[Choice]:  # fmt: skip
     layers = [m for m in model.modules() if isinstance(m, MoE)]
     if not layers:
         return []
@@ -361,7 +365,8 @@ def _experts_choice(
         sizes={shape[1:] for _, _, shape in stacks},
     )  # fmt: skip
     choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
-    table.experts.kernel = choice.fn
+    formats = {format for format, _, shape in stacks if shape == layers[0].gate_up.shape}
+    table.experts.kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
     return [choice]
 
 

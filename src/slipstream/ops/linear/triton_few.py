@@ -30,22 +30,28 @@ from slipstream.ops.chain import chain
 from slipstream.ops.formats import Weight
 from slipstream.ops.linear.torch import Dense
 
-FEW = 32  # tokens up to which these kernels are used
+FEW = 32  # tokens up to which these kernels are used, if ops/tuned.py does not know better
 ONE = {"BLOCK_N": 8, "BLOCK_K": 1024, "HELD": 2, "num_warps": 4, "maxnreg": 96}  # so that 5 fit on a processor
 SOME = {"BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 2, "num_stages": 4}  # no wgmma, so no step runs into the next
 
 
 class Few(Dense):
-    """The weight stays (out, in), as cuBLAS takes it. Sums are float32."""
+    """The weight stays (out, in), as cuBLAS takes it. Sums are float32.
+
+    Attributes:
+        few: tokens up to which cuBLAS is slower.
+    """
+
+    few = FEW
 
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (weight.data.to(dtype).contiguous(),)
 
     def wide(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        return self._few(x, packed[0], None, torch.float32) if 0 < len(x) <= FEW else super().wide(x, packed)
+        return self._few(x, packed[0], None, torch.float32) if 0 < len(x) <= self.few else super().wide(x, packed)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-        if 0 < len(x) <= FEW:
+        if 0 < len(x) <= self.few:
             return self._few(x, packed[0], bias, x.dtype)
         return F.linear(x, packed[0], bias)
 

@@ -30,6 +30,7 @@ class ExpertsKernel:
 
     experts: Callable[..., Tensor]
     prepare: Prepare | None = None
+    tunable: bool = False  # `experts` takes `tuned`, what was measured for weights of this shape on this card
 
 
 def _reference() -> ExpertsKernel:
@@ -47,7 +48,7 @@ def _loop() -> ExpertsKernel:
 def _triton() -> ExpertsKernel:
     from slipstream.ops.moe.triton import prepare, stacks
 
-    return ExpertsKernel(stacks, prepare)
+    return ExpertsKernel(stacks, prepare, tunable=True)
 
 
 def _reject_triton(case: Case) -> str | None:

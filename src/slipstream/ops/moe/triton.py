@@ -18,6 +18,7 @@ from torch import Tensor
 from slipstream.errors import KernelError
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import kernels
+from slipstream.ops.tuned import Experts, Tile
 
 FEW = 8  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
 WIDE = 1024  # pairs up to which each one's answer is float32 before they are added: more cost time there
@@ -34,7 +35,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Measured on an H100 with the sizes of gpt-oss-20b: by how many pairs an expert has on average.
+# Measured on an H100 with the sizes of gpt-oss-20b: by how many pairs an expert has on average. For cards and shapes that
+# ops/tuned.py knows, its choice comes first.
 TABLE = {
     "few": Tiles(True, 8, 2, 16, 2, 3),
     "up to 5": Tiles(True, 8, 2, 8, 2, 4),
@@ -112,9 +114,12 @@ def stacks(
     *,
     kind: str,
     limit: float = 7.0,
+    tuned: Experts | None = None,
 ) -> Tensor:
     """`experts` of two layers that hold what `prepare` gave them; the activation is part of the first product."""
-    return experts(x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit)
+    return experts(
+        x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit, tuned=tuned
+    )
 
 
 def experts(
@@ -128,6 +133,7 @@ def experts(
     *,
     kind: str,  # "swiglu_clamped" or "silu"
     limit: float = 7.0,
+    tuned: Experts | None = None,  # what was measured for these weights on this card
 ) -> Tensor:
     """The weighted sum of each token's experts, like x. x is bfloat16 or float32."""
     (tokens, hidden), top_k, number = x.shape, ids.shape[1], down[0].shape[0]
@@ -138,10 +144,11 @@ def experts(
     x = x if x.stride(1) == 1 and x.stride(0) % 2 == 0 else x.contiguous()
     inner = gate_up[0].shape[1] * 8 if len(gate_up) == 2 else gate_up[0].shape[1] // 2
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        if group := choose_group(pairs, number, x, down):
+        if group := choose_group(pairs, number, x, down, tuned):
             sums, places = _grouped(x, ids, gate_up, gate_up_bias, down, down_bias, inner, group, kind, limit)
         else:
-            sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, kind, limit), None
+            tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2, tuned)
+            sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, kind, limit), None
         size = min(1024, triton.next_power_of_2(hidden))
         kernels.add[(tokens, triton.cdiv(hidden, size))](
             sums, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
@@ -157,12 +164,12 @@ def _tiled(
     down: tuple[Tensor, ...],
     down_bias: Tensor | None,
     inner: int,
+    tiles: Tiles,
     kind: str,
     limit: float,
 ) -> Tensor:
     """Each pair's answer, maybe in parts: (parts, pairs, hidden)."""
     hidden, pairs, top_k, number = x.shape[1], ids.numel(), ids.shape[1], down[0].shape[0]
-    tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2)
     parts = choose_parts(pairs, hidden // 16, inner // 32, tiles, x.device)
     between = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     wide = torch.float32 if pairs <= WIDE else x.dtype
@@ -253,10 +260,14 @@ def _mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
     return len(stack) == 2 and tiles.left and tiles.warps >= 4
 
 
-def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool) -> Tiles:
+def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool, tuned: Experts | None = None) -> Tiles:
     if dtype != torch.bfloat16:
         return TABLE["float32"]
     each = pairs / number
+    if tuned is not None and packed:
+        choice = tuned.few if pairs <= FEW else tuned.choose(each)
+        if isinstance(choice, Tile):  # else it is for cards with a grouped product
+            return Tiles(True, *choice)
     if pairs <= FEW or (each <= 5 and not packed):
         return TABLE["few" if packed else "few, dense"]
     for most in (5, 12, 40, 96):
@@ -265,11 +276,14 @@ def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool) -> T
     return TABLE["more" if packed else "more, dense"]
 
 
-def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...]) -> int:
+def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], tuned: Experts | None = None) -> int:
     """The pairs in a tile of the grouped product, or 0: tiles are faster, or it cannot be had. Measured as above."""
     if x.dtype != torch.bfloat16 or len(down) != 2 or not _chain(x.device)["CHAIN"]:
         return 0
     each = pairs / number
+    if tuned is not None:
+        choice = tuned.few if pairs <= FEW else tuned.choose(each)
+        return 0 if isinstance(choice, Tile) else choice.group
     return 0 if each <= 24 else 64 if each <= 48 else 128
 
 

@@ -1,0 +1,215 @@
+"""Kernels compiled before the first request needs them: once for a card and a model, and all at the same time.
+
+Steps of every size are run as they are in service, but launches of Triton go to its compiler and no further. So there is no
+list of kernels to keep: what the layers launch is what gets compiled. What is torch's runs for real, on numbers that mean
+nothing; no index is among them, as those that a kernel makes are read by kernels alone (else nothing is done here).
+
+Triton keeps what it compiled, so a second start has nothing to do. That it was done is noted in the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slipstream.config.paths import cache_root
+from slipstream.engine.runner import Runner
+from slipstream.plan import WAITING, Plan
+from slipstream.request import Chunk, PageTable, SamplingParams, Start, Step
+
+Tell = Callable[[int, int], None]
+CODE = ("ops", "layers", "models", "engine")  # what decides which kernels there are
+_one_at_a_time = threading.Lock()
+
+
+def warm(runner: Runner, tell: Tell | None = None) -> int:
+    """Compile what serving will launch, unless that was done before. Gives the number of kernels.
+
+    Args:
+        tell: is called with (kernels compiled, kernels in all).
+    """
+    plan = runner.plan
+    if plan.device.type != "cuda" or any((c.op, c.name) in WAITING for c in plan.choices):
+        return 0
+    import triton
+
+    note = cache_root() / "kernels" / f"{fingerprint(plan)}.json"
+    kept = Path(triton.knobs.cache.dir)
+    if _is_done(note, kept):
+        plan.why["kernels"] = f"compiled before, and kept in {kept}"
+        return 0
+    began = time.perf_counter()
+
+    def finish(kernel: Any) -> None:
+        with torch.cuda.device(plan.device):
+            kernel.run  # noqa: B018  # makes the launcher, by a C compiler, and loads the kernel
+
+    kernels, failed = compile_all(lambda: rehearse(runner), finish, tell)
+    plan.why["kernels"] = f"{len(kernels)} compiled once for this card, in {time.perf_counter() - began:.1f} s"
+    if failed:  # those may never be needed, and say why when they are
+        plan.why["kernels"] += f"; {len(failed)} cannot be: {failed[0]}"
+        return len(kernels)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    part = note.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(sorted({folder for kernel in kernels for folder in _folders(kernel)})))
+    part.replace(note)
+    return len(kernels)
+
+
+def fingerprint(plan: Plan) -> str:
+    """Changes with all that decides which kernels there are: code, versions, card, model and sizes."""
+    import triton
+
+    found = hashlib.sha256()
+    home = Path(__file__).parents[1]
+    for file in sorted(f for folder in CODE for kind in ("py", "json") for f in (home / folder).rglob(f"*.{kind}")):
+        found.update(file.read_bytes())
+    facts = (
+        triton.__version__, torch.__version__, plan.hardware.name, plan.hardware.capability, plan.model_config,
+        plan.dtype, plan.page_size, plan.max_model_len, plan.max_num_seqs, plan.max_num_batched_tokens, plan.cuda_graphs,
+        plan.async_scheduling, plan.why.get("tiles"), *((c.op, c.name) for c in plan.choices),
+        *((item.to, item.held, item.shape) for item in plan.loads),
+    )  # fmt: skip
+    found.update(repr(facts).encode())
+    return found.hexdigest()[:32]
+
+
+def _folders(kernel: Any) -> set[str]:
+    """Where Triton keeps it, within its cache."""
+    return {Path(file).parent.name for file in kernel.metadata_group.values()}
+
+
+def _is_done(note: Path, kept: Path) -> bool:
+    """Whether it was noted, and Triton still has them all."""
+    try:
+        folders = json.loads(note.read_text())
+        return isinstance(folders, list) and all((kept / str(folder)).is_dir() for folder in folders)
+    except (OSError, ValueError):
+        return False
+
+
+class _Pool(ThreadPoolExecutor):
+    """Threads that do one thing more with each result."""
+
+    def __init__(self, then: Callable[[Any], None]) -> None:
+        super().__init__(os.cpu_count() or 1, "compile")
+        self._then = then
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        def work() -> Any:
+            found = fn(*args, **options)
+            self._then(found)
+            return found
+
+        return super().submit(work)
+
+
+def compile_all(
+    work: Callable[[], None], finish: Callable[[Any], None], tell: Tell | None = None
+) -> tuple[list[Any], list[BaseException]]:
+    """The kernels that `work` launches, compiled side by side, and what went wrong with others. Triton's passes and the
+    assembler leave the interpreter free.
+
+    Args:
+        finish: is called with each kernel, in a thread of its own.
+    """
+    import triton
+
+    with _Pool(finish) as pool, triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
+        try:
+            with diverted() as asked:
+                work()
+            for done, _ in enumerate(as_completed(mode.raw_futures), 1):
+                if tell is not None:
+                    tell(done, len(mode.raw_futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        found = [k.result(ignore_errors=True) if isinstance(k, triton.FutureKernel) else k for k in asked]
+        failed = [e for future in mode.raw_futures if (e := future.exception()) is not None]
+    return list({k.hash: k for k in found if k is not None}.values()), failed
+
+
+@contextmanager
+def diverted() -> Iterator[list[Any]]:
+    """This thread's launches are compiled and do not run. Those that cannot differ in their kernel are looked at once."""
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[Any] = []
+    seen: set[Hashable] = set()
+    thread = threading.get_ident()
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if threading.get_ident() != thread:
+            return launch(self, *args, grid=grid, warmup=warmup, **options)
+        kind = (id(self), *map(_kind, args), *((name, _kind(value)) for name, value in options.items()))
+        if kind not in seen:
+            seen.add(kind)
+            kernels.append(launch(self, *args, grid=grid, warmup=True, **options))
+        return None
+
+    with _one_at_a_time:
+        launch = JITFunction.run
+        JITFunction.run = run
+        try:
+            yield kernels
+        finally:
+            JITFunction.run = launch
+
+
+def _kind(value: Any) -> Hashable:
+    """What a kernel can depend on of an argument, or more."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return value.base.dtype, tuple(value.block_shape), repr(getattr(value, "layout", None))
+    return type(value), value
+
+
+@torch.inference_mode()
+def rehearse(runner: Runner) -> None:
+    """Run steps of all sizes, so that every kernel is launched that serving may launch."""
+    plan, decoder = runner.plan, runner.decoder
+    most, longest = plan.max_num_batched_tokens, plan.max_model_len
+    for size in sizes(most)[1:]:
+        runner.launch(_step(plan, [0] * (size // longest), [longest] * (size // longest), size % longest))
+    for start in {1, longest - 1}:  # answers go on beside a prompt
+        runner.launch(_step(plan, [start], [1], min(longest, max(1, most - 1), 2 * plan.page_size)))
+    if decoder is not None:
+        decoder.rehearse()
+    else:
+        for rows in range(1, plan.max_num_seqs + 1):
+            runner.launch(_step(plan, [longest - 1] * rows, [1] * rows, 0))
+
+
+def sizes(most: int) -> list[int]:
+    """Numbers of tokens: of each power of two four steps up to the next, and one more than it, which is not even."""
+    powers = [1 << power for power in range(most.bit_length())]
+    found = {n for p in powers for n in (p, p + 1, p * 5 // 4, p * 3 // 2, p * 7 // 4)}
+    return sorted({n for n in found if n <= most} | {most})
+
+
+def _step(plan: Plan, starts: list[int], counts: list[int], rest: int) -> Step:
+    """Sequences with so many tokens from there on, and one with the rest from 0 on. All of them are in page 0."""
+    if rest:
+        starts, counts = [*starts, 0], [*counts, rest]
+    chunks = tuple(
+        Chunk(-1 - i, start, (0,) * count, tuple(_table(plan, start + count) for _ in plan.groups), True)
+        for i, (start, count) in enumerate(zip(starts, counts, strict=True))
+    )
+    begun = tuple(Start(c.sequence, (0,) * c.end, SamplingParams(temperature=0), 0, ()) for c in chunks)
+    return Step(0, begun, tuple(c.sequence for c in chunks), chunks)
+
+
+def _table(plan: Plan, tokens: int) -> PageTable:
+    return PageTable(0, (0,) * -(-tokens // plan.page_size))
