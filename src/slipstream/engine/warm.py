@@ -20,12 +20,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from slipstream.batch import build_batch, to_device
 from slipstream.config.paths import cache_root
 from slipstream.engine.runner import Runner
+from slipstream.ops.tuned import own_table
 from slipstream.plan import WAITING, Plan
-from slipstream.request import Chunk, PageTable, SamplingParams, Start, Step
+from slipstream.request import Chunk, PageTable
 
 Tell = Callable[[int, int], None]
 CODE = ("ops", "layers", "models", "engine")  # what decides which kernels there are
@@ -77,10 +80,11 @@ def fingerprint(plan: Plan) -> str:
     facts = (
         triton.__version__, torch.__version__, plan.hardware.name, plan.hardware.capability, plan.model_config,
         plan.dtype, plan.page_size, plan.max_model_len, plan.max_num_seqs, plan.max_num_batched_tokens, plan.cuda_graphs,
-        plan.async_scheduling, plan.why.get("tiles"), *((c.op, c.name) for c in plan.choices),
+        plan.async_scheduling, *((c.op, c.name) for c in plan.choices),
         *((item.to, item.held, item.shape) for item in plan.loads),
     )  # fmt: skip
     found.update(repr(facts).encode())
+    found.update(own_table().read_bytes() if own_table().is_file() else b"")
     return found.hexdigest()[:32]
 
 
@@ -134,6 +138,7 @@ def compile_all(
                     tell(done, len(mode.raw_futures))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            mode.raw_futures[:] = [f for f in mode.raw_futures if not f.cancelled()]  # it would wait for them for ever
             raise
         found = [k.result(ignore_errors=True) if isinstance(k, triton.FutureKernel) else k for k in asked]
         failed = [e for future in mode.raw_futures if (e := future.exception()) is not None]
@@ -181,15 +186,30 @@ def rehearse(runner: Runner) -> None:
     """Run steps of all sizes, so that every kernel is launched that serving may launch."""
     plan, decoder = runner.plan, runner.decoder
     most, longest = plan.max_num_batched_tokens, plan.max_model_len
-    for size in sizes(most)[1:]:
-        runner.launch(_step(plan, [0] * (size // longest), [longest] * (size // longest), size % longest))
-    for start in {1, longest - 1}:  # answers go on beside a prompt
-        runner.launch(_step(plan, [start], [1], min(longest, max(1, most - 1), 2 * plan.page_size)))
+    for size in sizes(most):
+        counts = [longest] * (size // longest) + [size % longest] * (size % longest > 0)
+        _run(runner, [(0, count) for count in counts[: plan.max_num_seqs]])
+    rest = min(longest, most - 1, 2 * plan.page_size)
+    for start in {1, longest - 1} if rest > 0 and plan.max_num_seqs > 1 else ():  # an answer beside a prompt
+        _run(runner, [(start, 1), (0, rest)])
     if decoder is not None:
         decoder.rehearse()
-    else:
-        for rows in range(1, plan.max_num_seqs + 1):
-            runner.launch(_step(plan, [longest - 1] * rows, [1] * rows, 0))
+        return
+    for rows in range(1, min(most, plan.max_num_seqs) + 1):
+        _run(runner, [(longest - 1, 1)] * rows)
+
+
+def _run(runner: Runner, parts: list[tuple[int, int]]) -> None:
+    """A step of sequences of which so many tokens are computed from there on. All of them are in the cache's first page."""
+    plan = runner.plan
+    chunks = []
+    for i, (start, count) in enumerate(parts):
+        table = PageTable(0, (0,) * -(-(start + count) // plan.page_size))
+        chunks.append(Chunk(i, start, (0,) * count, (table,) * len(plan.groups), True))
+    logits = runner.model(build_batch(chunks, plan.groups, plan.page_size, plan.device), runner.storage)
+    if plan.async_scheduling:
+        heat, noise = to_device([np.zeros(len(parts), np.float32), np.zeros(len(parts), np.int64)], plan.device)
+        plan.ops.pick(logits, heat, noise, tuple(t[: len(parts)] for t in runner.answers))
 
 
 def sizes(most: int) -> list[int]:
@@ -197,19 +217,3 @@ def sizes(most: int) -> list[int]:
     powers = [1 << power for power in range(most.bit_length())]
     found = {n for p in powers for n in (p, p + 1, p * 5 // 4, p * 3 // 2, p * 7 // 4)}
     return sorted({n for n in found if n <= most} | {most})
-
-
-def _step(plan: Plan, starts: list[int], counts: list[int], rest: int) -> Step:
-    """Sequences with so many tokens from there on, and one with the rest from 0 on. All of them are in page 0."""
-    if rest:
-        starts, counts = [*starts, 0], [*counts, rest]
-    chunks = tuple(
-        Chunk(-1 - i, start, (0,) * count, tuple(_table(plan, start + count) for _ in plan.groups), True)
-        for i, (start, count) in enumerate(zip(starts, counts, strict=True))
-    )
-    begun = tuple(Start(c.sequence, (0,) * c.end, SamplingParams(temperature=0), 0, ()) for c in chunks)
-    return Step(0, begun, tuple(c.sequence for c in chunks), chunks)
-
-
-def _table(plan: Plan, tokens: int) -> PageTable:
-    return PageTable(0, (0,) * -(-tokens // plan.page_size))
