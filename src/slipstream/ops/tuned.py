@@ -90,6 +90,11 @@ class Tuned:
         }
 
 
+def possible(tile: Tile) -> bool:
+    """Whether the kernel takes it; what a card cannot hold is another matter."""
+    return all(value in ALLOWED[name] for name, value in tile._asdict().items()) and tile.warps <= tile.slabs
+
+
 def shape_name(format: str, shape: tuple[int, ...]) -> str:
     return f"{format} {' x '.join(map(str, shape))}"
 
@@ -175,7 +180,7 @@ def _choice(value: Any, where: str) -> Tile | Group:
     for kind in (Tile, Group):
         if set(given) == set(kind._fields):
             made = kind(*(_whole(given[name], ALLOWED[name], f"{where}: {name}") for name in kind._fields))
-            if isinstance(made, Tile) and made.slabs < made.warps:
+            if isinstance(made, Tile) and not possible(made):
                 raise ValueError(f"{where}: {made.warps} warps need as many slabs, not {made.slabs}")
             return made
     raise ValueError(f"{where}: {sorted(given)} are neither {Tile._fields} nor {Group._fields}")

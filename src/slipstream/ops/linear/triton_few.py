@@ -48,17 +48,18 @@ class Few(Dense):
         return (weight.data.to(dtype).contiguous(),)
 
     def wide(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        return self._few(x, packed[0], None, torch.float32) if 0 < len(x) <= self.few else super().wide(x, packed)
+        return self.own(x, packed[0], None, torch.float32) if 0 < len(x) <= self.few else super().wide(x, packed)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         if 0 < len(x) <= self.few:
-            return self._few(x, packed[0], bias, x.dtype)
+            return self.own(x, packed[0], bias)
         return F.linear(x, packed[0], bias)
 
-    def _few(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def own(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """In a kernel of our own, whatever the number of tokens."""
         (tokens, width), rows = x.shape, len(weight)
         x = x if x.stride(1) == 1 else x.contiguous()
-        out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
+        out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.device)
         tile = ONE if tokens == 1 else SOME
         grid: Any = (triton.cdiv(rows, tile["BLOCK_N"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device
