@@ -70,7 +70,7 @@ class Inputs:
                 (np.bool_, (rows,)),  # which token ids are known
             ):
                 found.append((at, np.dtype(kind), size))
-                at += -(-math.prod(size) * np.dtype(kind).itemsize // 8) * 8
+                at += -(-math.prod(size) * np.dtype(kind).itemsize // 16) * 16  # or kernels are compiled for each mixture
             found.append((at, np.dtype(np.uint8), ()))
             self._cuts[shape] = found
         return found

@@ -119,7 +119,7 @@ class _Pool(ThreadPoolExecutor):
 
 
 def compile_all(
-    work: Callable[[], None], finish: Callable[[Any], None], tell: Tell | None = None
+    work: Callable[[], object], finish: Callable[[Any], None], tell: Tell | None = None
 ) -> tuple[list[Any], list[BaseException]]:
     """The kernels that `work` launches, compiled side by side, and what went wrong with others. Triton's passes and the
     assembler leave the interpreter free.

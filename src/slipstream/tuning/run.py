@@ -74,7 +74,7 @@ def tune(model: str, options: Mapping[str, Any], tell: Tell, **progress: Any) ->
     if not device.startswith("cuda"):
         raise ConfigError(
             f"device: tune measures kernels of CUDA devices, and this model would run on {device}, "
-            "where there is nothing to choose by measuring; use it on the machine with the GPU"
+            "where there is nothing to choose by measuring; run it on the machine with the GPU"
         )
     path = resolve(model, weights=asked.weights != "random")
     llm = LLM(path, **options, **progress)

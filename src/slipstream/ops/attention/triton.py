@@ -69,7 +69,8 @@ def attention(
         if batch.decode_only or any(b - a == 1 for a, b in pairwise(batch.query_starts)):
             tops = norms = parts = None
             if most > 1:
-                tops, norms = torch.empty(2, sequences, heads, most, dtype=torch.float32, device=q.device)
+                tops = torch.empty(sequences, heads, most, dtype=torch.float32, device=q.device)
+                norms = torch.empty_like(tops)
                 parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
             layout = tiles(share, width, q.dtype, True, invariant, group.window)
             _attend[sequences * kv_heads, most](
