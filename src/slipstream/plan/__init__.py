@@ -262,7 +262,7 @@ def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice],
 def _graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
     """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
     spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
-    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * dtype.itemsize
+    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * 4
 
 
 def _async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:
