@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,10 +34,15 @@ class Flight:
 
     step: Step
     whole: frozenset[int]  # sequences with the logits of all their tokens
-    logits: Tensor
-    plain: bool  # tokens were picked on the device, and the next step can be launched before anybody knows them
+    logits: (
+        Tensor | None
+    )  # None where tokens were picked on the device: the next step can be launched before anybody knows them
     answers: Tensor | None = None  # on the host, once `arrived`: tokens, and whether each is one
     arrived: torch.cuda.Event | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.logits is None
 
 
 class Runner:
@@ -47,15 +53,30 @@ class Runner:
         self.storage = Storage(plan.groups, plan.stored_pages, plan.page_size, plan.dtype, plan.device)
         self.rows: dict[int, Row] = {}
         self._plain: set[int] = set()
+        # All steps run one after the other on a stream of our own, whatever thread or stream the caller is in.
+        self._stream = torch.cuda.Stream(plan.device) if plan.device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(plan.device))
         most = plan.max_num_seqs
         self._answers = torch.zeros(9 * most, dtype=torch.uint8, device=plan.device)
         self.answers = _answers(self._answers, most)
         self._sources: dict[int, int] = {}  # whose token of the step before is where
         self.decoder = Decoder(plan, model, self.storage, self.answers) if plan.cuda_graphs else None
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> Flight:
-        """Set a step going. On a GPU nothing is waited for."""
+        """Set a step going. On a GPU nothing is waited for, unless a step of this size is still to be recorded."""
+        with torch.inference_mode(), self.on_stream():
+            return self._launch(step)
+
+    def finish(self, flight: Flight) -> StepResult:
+        """Wait for a step, and see what came of it."""
+        with torch.inference_mode(), self.on_stream():
+            return self._finish(flight)
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _launch(self, step: Step) -> Flight:
         for sequence in step.finished:
             self.rows.pop(sequence, None)
             self._plain.discard(sequence)
@@ -77,7 +98,7 @@ class Runner:
             if plain and sampled:
                 heats, starts = to_device([np.array(heat, np.float32), noise], self.plan.device)
                 self.plan.ops.pick(logits, heats, starts, tuple(t[: len(sampled)] for t in self.answers))
-        flight = Flight(step, whole, logits, plain)
+        flight = Flight(step, whole, None if plain else logits)
         self._sources = {c.sequence: i for i, c in enumerate(sampled)} if plain else {}
         if plain and self.plan.device.type == "cuda":
             flight.answers = torch.empty(len(self._answers), dtype=torch.uint8, pin_memory=True)
@@ -88,10 +109,8 @@ class Runner:
             flight.answers = self._answers.cpu().clone()
         return flight
 
-    @torch.inference_mode()
-    def finish(self, flight: Flight) -> StepResult:
-        """Wait for a step, and see what came of it."""
-        if not flight.plain:
+    def _finish(self, flight: Flight) -> StepResult:
+        if flight.logits is not None:
             return self._sample(flight.step, flight.logits.float(), flight.whole)
         if flight.arrived is not None:
             flight.arrived.synchronize()

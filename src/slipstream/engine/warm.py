@@ -42,7 +42,7 @@ def warm(runner: Runner, tell: Tell | None = None) -> int:
         tell: is called with (kernels compiled, kernels in all).
     """
     plan = runner.plan
-    if plan.device.type != "cuda" or any((c.op, c.name) in WAITING for c in plan.choices):
+    if plan.device.type != "cuda" or any((c.op.split("[")[0], c.name) in WAITING for c in plan.choices):
         return 0
     import triton
 
@@ -181,9 +181,13 @@ def _kind(value: Any) -> Hashable:
     return type(value), value
 
 
-@torch.inference_mode()
 def rehearse(runner: Runner) -> None:
     """Run steps of all sizes, so that every kernel is launched that serving may launch."""
+    with torch.inference_mode(), runner.on_stream():
+        _rehearse(runner)
+
+
+def _rehearse(runner: Runner) -> None:
     plan, decoder = runner.plan, runner.decoder
     most, longest = plan.max_num_batched_tokens, plan.max_model_len
     for size in sizes(most):

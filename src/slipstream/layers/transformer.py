@@ -81,8 +81,8 @@ class Transformer(nn.Module):
         self.head = Linear(ops, config.hidden_size, config.vocab_size)
         self._frequencies = [inverse_frequencies(rope) for rope in config.ropes]
 
-    def forward(self, batch: Batch, cache: Storage) -> Tensor:
-        """Logits of `batch.logits_rows`, (rows, vocab) float32 where the head can."""
+    def forward(self, batch: Batch, cache: Storage, out: Tensor | None = None) -> Tensor:
+        """Logits of `batch.logits_rows`, (rows, vocab) float32 where the head can; in `out`, float32, if it is given."""
         x = self.embed(batch.token_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
@@ -94,13 +94,13 @@ class Transformer(nn.Module):
         if len(rows) < len(x):  # else they are all of them, in order
             x, delta = x[rows], None if delta is None else delta[rows]
         x = self.norm.add(x, delta)[1]
-        logits = self.head.wide(x)
+        logits = self.head.wide(x, out)
         cap = self.config.final_logit_softcapping
-        if cap is None or not len(logits):
-            return logits
-        return torch.cat(
-            [torch.tanh(rows / cap) * cap for rows in logits.float().split(1 if self.row_by_row else len(logits))]
-        )
+        if cap is not None and len(logits):
+            logits = torch.cat(
+                [torch.tanh(rows / cap) * cap for rows in logits.float().split(1 if self.row_by_row else len(logits))]
+            )
+        return logits if out is None or logits.data_ptr() == out.data_ptr() else out.copy_(logits)
 
     def _turns(self, positions: Tensor) -> list[Turns]:
         # Brought to the device once: later steps copy nothing.

@@ -35,7 +35,13 @@ from slipstream.scheduler import SCORED_TOKENS
 
 LARGE = 32 << 30  # bytes free on a GPU from which on many requests run together
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
-WAITING = {("moe", "loop"), ("moe", "reference"), ("attention", "sdpa"), ("attention", "reference")}
+WAITING = {
+    ("moe", "loop"),
+    ("moe", "reference"),
+    ("attention", "sdpa"),
+    ("attention", "reference"),
+    ("linear", "reference"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +169,16 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     page_size = choose_page_size(asked, groups, why)
     graphs = _cuda_graphs(asked, hardware, choices, why)
     gpu = hardware.device.startswith("cuda")
+    attends = next(c.name for c in choices if c.op == "attention")
 
     def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
         sequences, batched = _sizes(asked, hardware, why)
         workspace = _workspace_bytes(config, batched, sequences, dtype)
         graphs_bytes = _graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        if any(g.window is None for g in groups):
+            longest = asked.max_model_len or config.max_position_embeddings
+            sums = attention.scratch_bytes(attends, sequences, config.num_heads, config.head_dim, longest)
+            workspace, graphs_bytes = workspace + sums, graphs_bytes + graphs * sums
         max_len, num_pages = divide_pages(
             asked,
             groups,
@@ -179,8 +190,10 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
             free_bytes=free_bytes,
             gpu=gpu,
             other_bytes=weights + workspace + graphs_bytes,
-            # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
-            bytes_per_token=(2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
+            # Where it is not in pages, attention wants the keys of a prompt once for each query head, and scores or a mask.
+            bytes_per_token=0
+            if attends in attention.PAGED
+            else (2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
             why=why,
         )
         return _Memory(sequences, batched, max_len, num_pages, workspace, graphs_bytes)
@@ -251,7 +264,7 @@ def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice],
     """Whether decoding steps are recorded and replayed."""
     if not hardware.device.startswith("cuda"):
         return False
-    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op, c.name) in WAITING]
+    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op.split("[")[0], c.name) in WAITING]
     if asked.enforce_eager:
         why["cuda_graphs"] = "no: enforce_eager was asked for"
     elif waits:
@@ -264,7 +277,7 @@ def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice],
 def _graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
     """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
     spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
-    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * dtype.itemsize
+    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * 4
 
 
 def _async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:

@@ -22,10 +22,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.batch import Batch, GroupBatch
+from slipstream.ops.attention import SPLIT
 from slipstream.ops.chain import chain
 
 LOG2E = math.log2(math.e)
-SPLIT = 512  # keys of a decoding sequence that one program looks at
 WHOLE = 1 << 30  # no splits
 PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 

@@ -47,19 +47,23 @@ class Few(Dense):
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (weight.data.to(dtype).contiguous(),)
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        return self.own(x, packed[0], None, torch.float32) if 0 < len(x) <= self.few else super().wide(x, packed)
+    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        if not 0 < len(x) <= self.few:
+            return super().wide(x, packed, out)
+        if out is None:
+            out = torch.empty(len(x), len(packed[0]), dtype=torch.float32, device=x.device)
+        return self.own(x, packed[0], None, out)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         if 0 < len(x) <= self.few:
             return self.own(x, packed[0], bias)
         return F.linear(x, packed[0], bias)
 
-    def own(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    def own(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """In a kernel of our own, whatever the number of tokens."""
         (tokens, width), rows = x.shape, len(weight)
+        out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device) if out is None else out
         x = x if x.stride(1) == 1 else x.contiguous()
-        out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.device)
         tile = ONE if tokens == 1 else SOME
         grid: Any = (triton.cdiv(rows, tile["BLOCK_N"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.errors import KernelError
+from slipstream.ops.chain import chain
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import kernels
 from slipstream.ops.tuned import Experts, Tile
@@ -151,7 +152,7 @@ def experts(
             sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, kind, limit), None
         size = min(1024, triton.next_power_of_2(hidden))
         kernels.add[(tokens, triton.cdiv(hidden, size))](
-            sums, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
+            sums, weights, places, out, hidden, pairs, top_k, len(sums), size, **chain(x.device)
         )
     return out
 
@@ -207,7 +208,7 @@ def _grouped(
     between = torch.empty(room, inner, dtype=x.dtype, device=device)
     kernels.gather[(tokens,)](
         x.view(torch.int32), places, sorted.view(torch.int32), x.stride(0) // 2, hidden // 2,
-        top_k, triton.next_power_of_2(hidden // 2), **_chain(device),
+        top_k, triton.next_power_of_2(hidden // 2), **chain(device),
     )  # fmt: skip
     product(sorted, gate_up, gate_up_bias, experts, between, size, kind, limit, _processors(device))
     product(between, down, down_bias, experts, sorted, size, None, limit, _processors(device))
@@ -225,7 +226,7 @@ def _schedule(ids: Tensor, number: int, size: int, *, sort: bool = False) -> tup
     kernels.schedule[(number,)](
         ids, tiles, found, pairs, most,
         BINS=triton.next_power_of_2(number + 1), BLOCK_M=size, SORT=sort, SIZE=min(4096, triton.next_power_of_2(pairs)),
-        num_warps=8 if pairs > 1024 else 4, **_chain(ids.device),
+        num_warps=8 if pairs > 1024 else 4, **chain(ids.device),
     )  # fmt: skip
     return tiles, found
 
@@ -251,7 +252,7 @@ def _product(
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
         MIXED=_mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
         PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None else 0,
-        num_warps=tiles.warps, num_stages=tiles.stages, **_chain(x.device),
+        num_warps=tiles.warps, num_stages=tiles.stages, **chain(x.device),
     )  # fmt: skip
 
 
@@ -278,7 +279,7 @@ def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool, tune
 
 def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], tuned: Experts | None = None) -> int:
     """The pairs in a tile of the grouped product, or 0: tiles are faster, or it cannot be had. Measured as above."""
-    if x.dtype != torch.bfloat16 or len(down) != 2 or not _chain(x.device)["CHAIN"]:
+    if x.dtype != torch.bfloat16 or len(down) != 2 or not _hopper(x.device):
         return 0
     each = pairs / number
     if tuned is not None:
@@ -301,7 +302,6 @@ def _processors(device: torch.device) -> int:
 
 
 @cache
-def _chain(device: torch.device) -> dict[str, bool]:
-    """Whether a kernel may start before the one before it has ended."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return {"CHAIN": hopper, "launch_pdl": hopper}
+def _hopper(device: torch.device) -> bool:
+    """Whether it has the instructions of the grouped product."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
