@@ -35,7 +35,15 @@ def test_before_and_after(slipstream: Run, asked: dict[str, Any]) -> None:
     assert ran.code == 0 and asked == {"model": "m", "options": {"weights": "random", "max_num_seqs": 9}}
     title, columns, line = ran.out.splitlines()
     assert title == "m on a card" and columns.split() == ["op", "shape", "at", "before", "now"]
-    assert [cell.strip() for cell in line.split("  ") if cell] == ["moe", "mxfp4 8 x 6 x 4", "one token", "this", "9.3 us", "that", "7.0 us"]
+    assert [cell.strip() for cell in line.split("  ") if cell] == [
+        "moe",
+        "mxfp4 8 x 6 x 4",
+        "one token",
+        "this",
+        "9.3 us",
+        "that",
+        "7.0 us",
+    ]
     assert "/cache/tuned.json" in ran.err
     assert slipstream("tune", "other").out.splitlines()[1].strip() == "nothing to choose for these weights"
 

@@ -55,10 +55,10 @@ def plan_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, **
     def chain(device: object) -> dict[str, bool]:
         return {"CHAIN": True, "launch_pdl": True}
 
-    for name in ("attention", "attention_input", "norm", "router"):
+    for name in ("attention", "attention_input", "moe", "norm", "router"):
         patch.setattr(f"slipstream.ops.{name}.triton.chain", chain)
     patch.setattr("slipstream.ops.linear.triton_few.chain", chain)
-    patch.setattr("slipstream.ops.moe.triton._chain", chain)
+    patch.setattr("slipstream.ops.moe.triton._hopper", lambda device: True)
     patch.setattr("slipstream.ops.moe.triton._processors", lambda device: 132)
     patch.setattr("slipstream.plan.find_hardware", lambda asked, why: Hardware("cuda", CARD, 64 << 30, (9, 0)))
     folder.mkdir(exist_ok=True)
@@ -70,5 +70,12 @@ def runner_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, 
     """The model with its memory on the CPU, and the kernels of the card."""
     plan = plan_for(folder, config, patch, kv_cache_memory_bytes=1 << 24, **options)
     plan = dataclasses.replace(plan, device=torch.device("cpu"))
+    patch.setattr("slipstream.ops.linear.torch.Dense.wide", _wide)  # torch has it for CUDA alone
     load(plan.model, plan.loads, open_random(folder), plan.device)
     return Runner(plan, plan.model)
+
+
+def _wide(
+    self: object, x: torch.Tensor, packed: tuple[torch.Tensor, ...], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    return torch.empty(len(x), len(packed[0])) if out is None else out

@@ -108,10 +108,10 @@ def test_the_experts_do_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x = torch.empty(0, dtype=torch.bfloat16)
     packed = (torch.empty(0), torch.empty(0))
-    for chained in (True, False):
-        monkeypatch.setattr(moe, "_chain", lambda device, chained=chained: {"CHAIN": chained, "launch_pdl": chained})
+    for hopper in (True, False):
+        monkeypatch.setattr(moe, "_hopper", lambda device, hopper=hopper: hopper)
         groups = [moe.choose_group(pairs, 8, x, packed, TABLE) for pairs in (4, 20, 320, 321)]
-        assert groups == [0, 0, 0, 64 * chained]
+        assert groups == [0, 0, 0, 64 * hopper]
     tiles = [moe.choose_tiles(pairs, 8, torch.bfloat16, True, TABLE) for pairs in (4, 20, 320)]
     assert tiles == [moe.Tiles(True, *ONE), moe.Tiles(True, *ONE), moe.Tiles(True, *TWO)]
     for args in ((4, 8, torch.float32, True), (99, 8, torch.bfloat16, False), (321, 8, torch.bfloat16, True)):
