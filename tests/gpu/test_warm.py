@@ -58,9 +58,12 @@ def forget() -> None:
 def answers(llm: LLM) -> list[list[int]]:
     """Prompts of many lengths, alone and together, answers that grow beside them, greedy and drawn."""
     vocab = llm.model_config.vocab_size
-    prompts = [[(7 * i + j) % vocab for j in range(n)] for i, n in enumerate((1, 2, 3, 9, 31, 64, 130, 500, 2050, 2700))]
+    prompts = [
+        [(7 * i + j) % vocab for j in range(n)] for i, n in enumerate((1, 2, 3, 9, 31, 64, 130, 500, 2050, 2700))
+    ]
     params = [
-        SamplingParams(temperature=0.8 * (i % 2), seed=i, max_new_tokens=12, ignore_eos=True) for i in range(len(prompts))
+        SamplingParams(temperature=0.8 * (i % 2), seed=i, max_new_tokens=12, ignore_eos=True)
+        for i in range(len(prompts))
     ]
     found = [llm.generate([prompt], p)[0].outputs[0].token_ids for prompt, p in zip(prompts, params, strict=True)]
     return [*found, *(o.outputs[0].token_ids for o in llm.generate_batch(prompts * 4, params * 4))]

@@ -199,8 +199,9 @@ def _rehearse(runner: Runner) -> None:
     if decoder is not None:
         decoder.rehearse()
         return
-    for rows in range(1, min(most, plan.max_num_seqs) + 1):
+    for rows in sizes(min(most, plan.max_num_seqs)):
         _run(runner, [(longest - 1, 1)] * rows)
+    _run(runner, [(0, 1)])
 
 
 def _run(runner: Runner, parts: list[tuple[int, int]]) -> None:
