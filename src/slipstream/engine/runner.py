@@ -53,15 +53,16 @@ class Runner:
         self.storage = Storage(plan.groups, plan.stored_pages, plan.page_size, plan.dtype, plan.device)
         self.rows: dict[int, Row] = {}
         self._plain: set[int] = set()
-        # All steps run one after the other on a stream of our own, whatever thread or stream the caller is in.
-        self._stream = torch.cuda.Stream(plan.device) if plan.device.type == "cuda" else None
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(plan.device))
         most = plan.max_num_seqs
         self._answers = torch.zeros(9 * most, dtype=torch.uint8, device=plan.device)
         self.answers = _answers(self._answers, most)
         self._sources: dict[int, int] = {}  # whose token of the step before is where
         self.decoder = Decoder(plan, model, self.storage, self.answers) if plan.cuda_graphs else None
+        # All steps run one after the other on a stream of our own, whatever thread or stream the caller is in; and after
+        # what brought the weights and made the buffers.
+        self._stream = torch.cuda.Stream(plan.device) if plan.device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(plan.device))
 
     def launch(self, step: Step) -> Flight:
         """Set a step going. On a GPU nothing is waited for, unless a step of this size is still to be recorded."""

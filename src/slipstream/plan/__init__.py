@@ -8,7 +8,6 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,10 +29,9 @@ from slipstream.ops import activation, attention, attention_input, linear, moe, 
 from slipstream.ops.choose import Case, Choice, choose
 from slipstream.ops.tuned import Tuned, tuned
 from slipstream.plan.fit import Fit
+from slipstream.plan.memory import Memory, graphs_bytes, sizes, workspace_bytes
 from slipstream.plan.weights import held_bytes, plan_loads
-from slipstream.scheduler import SCORED_TOKENS
 
-LARGE = 32 << 30  # bytes free on a GPU from which on many requests run together
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
 WAITING = {
     ("moe", "loop"),
@@ -121,18 +119,6 @@ class Plan:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """How it is divided."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    num_pages: tuple[int, ...]
-    workspace_bytes: int
-    graphs_bytes: int
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -171,14 +157,14 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     gpu = hardware.device.startswith("cuda")
     attends = next(c.name for c in choices if c.op == "attention")
 
-    def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
-        sequences, batched = _sizes(asked, hardware, why)
-        workspace = _workspace_bytes(config, batched, sequences, dtype)
-        graphs_bytes = _graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+    def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> Memory:
+        sequences, batched = sizes(asked, hardware, why)
+        workspace = workspace_bytes(config, batched, sequences, dtype)
+        recorded = graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
         if any(g.window is None for g in groups):
             longest = asked.max_model_len or config.max_position_embeddings
             sums = attention.scratch_bytes(attends, sequences, config.num_heads, config.head_dim, longest)
-            workspace, graphs_bytes = workspace + sums, graphs_bytes + graphs * sums
+            workspace, recorded = workspace + sums, recorded + graphs * sums
         max_len, num_pages = divide_pages(
             asked,
             groups,
@@ -189,14 +175,14 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
             dtype_bytes=dtype.itemsize,
             free_bytes=free_bytes,
             gpu=gpu,
-            other_bytes=weights + workspace + graphs_bytes,
+            other_bytes=weights + workspace + recorded,
             # Where it is not in pages, attention wants the keys of a prompt once for each query head, and scores or a mask.
             bytes_per_token=0
             if attends in attention.PAGED
             else (2 * config.num_heads * config.head_dim + batched) * dtype.itemsize,
             why=why,
         )
-        return _Memory(sequences, batched, max_len, num_pages, workspace, graphs_bytes)
+        return Memory(sequences, batched, max_len, num_pages, workspace, recorded)
 
     def repacked(quantization: str) -> int:
         other, device = replace(asked, quantization=quantization), hardware.device.split(":")[0]
@@ -207,7 +193,7 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     try:
         memory = divide(asked, weights, hardware.free_bytes, why)
     except CapacityError as e:
-        sequences, batched = _sizes(asked, hardware, {})
+        sequences, batched = sizes(asked, hardware, {})
         sized = replace(asked, max_num_seqs=sequences, max_num_batched_tokens=batched)
         longest = config.max_position_embeddings
         fit = Fit(
@@ -242,24 +228,6 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
     )
 
 
-def _sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple[int, int]:
-    """Sequences that run together, and tokens of one step. A large GPU is busy only with many of both."""
-    large = hardware.device.startswith("cuda") and hardware.free_bytes >= LARGE
-    found = []
-    for name, most, else_ in (("max_num_seqs", 256, 64), ("max_num_batched_tokens", 8192, 2048)):
-        value = getattr(asked, name)
-        why[name] = "asked for"
-        if value is None:
-            value = most if large else else_
-            why[name] = (
-                f"more than {LARGE >> 30} GiB are free on a GPU"
-                if large
-                else f"a GPU with {LARGE >> 30} GiB free takes {most}"
-            )
-        found.append(value)
-    return found[0], found[1]
-
-
 def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], why: dict[str, str]) -> bool:
     """Whether decoding steps are recorded and replayed."""
     if not hardware.device.startswith("cuda"):
@@ -272,12 +240,6 @@ def _cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice],
     else:
         why["cuda_graphs"] = "decoding steps are recorded once for each size, and replayed"
     return not asked.enforce_eager and not waits
-
-
-def _graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
-    """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
-    spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
-    return spare + _layer_bytes(config, rows, dtype) + rows * config.vocab_size * 4
 
 
 def _async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:
@@ -397,15 +359,3 @@ def _linear_choices(
         reasons = "; ".join(f"{c.op}: {why}" for c in found.values() for name, why in c.rejected if name == forced)
         raise KernelError(f"linear_implementation: {forced!r} can run none of the weights: {reasons}")
     return list(found.values())
-
-
-def _workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
-    """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
-    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
-    return _layer_bytes(config, tokens, dtype) + 3 * rows * config.vocab_size * 4
-
-
-def _layer_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
-    inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
-    heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
-    return tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize

@@ -1,0 +1,63 @@
+"""What a step takes beside weights, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from slipstream.cache.spec import CacheGroup
+from slipstream.config import EngineConfig, ModelConfig
+from slipstream.hardware import Hardware
+from slipstream.scheduler import SCORED_TOKENS
+
+LARGE = 32 << 30  # bytes free on a GPU from which on many requests run together
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How it is divided."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_pages: tuple[int, ...]
+    workspace_bytes: int
+    graphs_bytes: int
+
+
+def sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple[int, int]:
+    """Sequences that run together, and tokens of one step. A large GPU is busy only with many of both."""
+    large = hardware.device.startswith("cuda") and hardware.free_bytes >= LARGE
+    found = []
+    for name, most, else_ in (("max_num_seqs", 256, 64), ("max_num_batched_tokens", 8192, 2048)):
+        value = getattr(asked, name)
+        why[name] = "asked for"
+        if value is None:
+            value = most if large else else_
+            why[name] = (
+                f"more than {LARGE >> 30} GiB are free on a GPU"
+                if large
+                else f"a GPU with {LARGE >> 30} GiB free takes {most}"
+            )
+        found.append(value)
+    return found[0], found[1]
+
+
+def graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
+    """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
+    spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
+    return spare + layer_bytes(config, rows, dtype) + rows * config.vocab_size * 4
+
+
+def workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
+    """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
+    rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
+    return layer_bytes(config, tokens, dtype) + 3 * rows * config.vocab_size * 4
+
+
+def layer_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
+    heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
+    return tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
