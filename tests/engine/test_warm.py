@@ -206,8 +206,25 @@ def test_it_is_done_once(tmp_path: Path, card: Path, monkeypatch: pytest.MonkeyP
     other: Any = dataclasses.replace(runner, plan=dataclasses.replace(plan, max_num_seqs=3))
     (card / "folder").mkdir()
     assert warm.warm(other) == 1 and warm.warm(other) == 0
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(tmp_path / "model" / "config.json"))
+    assert warm.warm(other) == warm.warm(other) == 1, "nothing can be noted there"
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "tuned.json").write_text("{}")
     assert warm.warm(other) == 1, "other choices are other kernels"
+
+
+def test_a_failure_costs_time_alone(tmp_path: Path, card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(tmp_path / "home"))
+    plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch)
+    runner: Any = dataclasses.make_dataclass("Fake", ["plan"])(plan)
+
+    def rehearse(runner: object) -> None:
+        raise torch.OutOfMemoryError("no room for 8192 tokens")
+
+    monkeypatch.setattr(warm, "rehearse", rehearse)
+    with pytest.warns(UserWarning, match="the first requests wait for them: no room"):
+        assert warm.warm(runner) == 0
+    assert "kernels" not in plan.why and not (tmp_path / "home").exists()
 
 
 def test_there_is_nothing_to_do_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _one_at_a_time = threading.Lock()
 def warm(runner: Runner, tell: Tell | None = None) -> int:
     """Compile what serving will launch, unless that was done before. Gives the number of kernels.
 
+    It only ever saves time: if it fails it says so, and kernels are compiled as they are needed.
+
     Args:
         tell: is called with (kernels compiled, kernels in all).
     """
@@ -57,15 +60,20 @@ def warm(runner: Runner, tell: Tell | None = None) -> int:
         with torch.cuda.device(plan.device):
             kernel.run  # noqa: B018  # makes the launcher, by a C compiler, and loads the kernel
 
-    kernels, failed = compile_all(lambda: rehearse(runner), finish, tell)
+    try:
+        kernels, failed = compile_all(lambda: rehearse(runner), finish, tell)
+    except RuntimeError as e:
+        warnings.warn(f"kernels cannot be compiled ahead, so the first requests wait for them: {e}", stacklevel=2)
+        return 0
     plan.why["kernels"] = f"{len(kernels)} compiled once for this card, in {time.perf_counter() - began:.1f} s"
     if failed:  # those may never be needed, and say why when they are
         plan.why["kernels"] += f"; {len(failed)} cannot be: {failed[0]}"
         return len(kernels)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    part = note.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(sorted({folder for kernel in kernels for folder in _folders(kernel)})))
-    part.replace(note)
+    with suppress(OSError):  # where nothing can be kept, the next load does it again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        part = note.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(sorted({folder for kernel in kernels for folder in _folders(kernel)})))
+        part.replace(note)
     return len(kernels)
 
 
