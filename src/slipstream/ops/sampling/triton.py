@@ -155,19 +155,20 @@ def _change(  # type: ignore[no-untyped-def]
         listed += tl.sum((token == new).to(tl.int32))
         there = x + row * vocab + token
         value = tl.load(there, mask=real, other=0.0) + tl.load(biases + at, mask=real, other=0.0)
-        value = _penalised(value, count, (mark & 0x20000000) != 0, repetition, presence, frequency)
+        seen = (count > 0) | ((mark & 0x20000000) != 0)
+        value = _penalised(value, count, seen, repetition, presence, frequency)
         # What is not finite stays: the row has no token.
         value = tl.where(((mark & 0x40000000) != 0) & (value < float("inf")), float("-inf"), value)
         tl.store(there, value, mask=real)
     if (new >= 0) & (listed == 0):
         there = x + row * vocab + new
-        tl.store(there, _penalised(tl.load(there), 1, False, repetition, presence, frequency))
+        once = tl.full((), 1, tl.int32)
+        tl.store(there, _penalised(tl.load(there), once, once > 0, repetition, presence, frequency))
 
 
 @triton.jit
-def _penalised(x, count, in_prompt, repetition, presence, frequency):  # type: ignore[no-untyped-def]
-    changed = tl.where(x < 0, x * repetition, tl.div_rn(x, repetition))
-    x = tl.where((count > 0) | in_prompt, changed, x)
+def _penalised(x, count, seen, repetition, presence, frequency):  # type: ignore[no-untyped-def]
+    x = tl.where(seen, tl.where(x < 0, x * repetition, tl.div_rn(x, repetition)), x)
     return x - (tl.where(count > 0, presence, 0.0) + frequency * count.to(tl.float32))
 
 
@@ -268,7 +269,7 @@ def _list(logits, costs, ids, vocab, peak, heat, last, light, BLOCK: tl.constexp
 def _search(costs, count, limit, WEIGH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The highest cost below which tokens are (or with WEIGH: weigh) less than `limit`, and how much that is.
 
-    By 15 tries at a time, 4 bits of the cost.
+    By 15 tries at a time, which give 4 of its 31 bits.
     """
     low, step = 0, 1 << 27
     below = limit * 0
@@ -278,12 +279,12 @@ def _search(costs, count, limit, WEIGH: tl.constexpr, BLOCK: tl.constexpr):  # t
         for first in range(0, count, BLOCK):
             at = first + tl.arange(0, BLOCK)
             cost = tl.load(costs + at, mask=at < count, other=0x7FFFFFFF)
-            size = _weight(cost) if WEIGH else tl.full((BLOCK,), 1.0, tl.float32)
-            sums += tl.where(cost[:, None] < tries[None, :], size[:, None], 0.0).to(tl.float64)
+            size = _weight(cost).to(tl.float64) if WEIGH else tl.full((BLOCK,), 1.0, tl.float64)
+            sums += tl.where(cost[:, None] < tries[None, :], size[:, None], 0.0)
         found = tl.sum(sums, 0)
         low += step * (tl.sum((found < limit).to(tl.int32)) - 1)
         below = tl.max(tl.where(found < limit, found, 0.0))
-        step = step >> 4
+        step = tl.maximum(step >> 4, 1)  # 2^27, 2^23, ... 2^3, 1
     return low, below
 
 
