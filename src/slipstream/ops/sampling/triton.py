@@ -72,7 +72,7 @@ def draw(logits: Tensor, asked: Asked, out: tuple[Tensor, Tensor]) -> None:
             kept = torch.empty(2, count, vocab, dtype=torch.int32, device=x.device)
             _filter[(count,)](
                 x, found, asked.starts, asked.top_k, asked.numbers, kept, *chosen, x.stride(0), vocab, found.shape[2], count,
-                count * vocab, 4096, 1024, num_warps=16,
+                count * vocab, 4096, 2048, num_warps=16,
             )  # fmt: skip
     if not whole:
         for there, here in zip(out, chosen, strict=True):
@@ -134,7 +134,7 @@ def _finish(temperature, found, ids, tokens, ok, pieces, size, PIECES: tl.conste
     tl.store(ok + row, good)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or it is compiled once more for one row, and for 16
 def _change(  # type: ignore[no-untyped-def]
     x, bounds, newest, numbers, tokens, marks, biases, vocab, rows, BLOCK: tl.constexpr
 ):
@@ -172,7 +172,7 @@ def _penalised(x, count, seen, repetition, presence, frequency):  # type: ignore
     return x - (tl.where(count > 0, presence, 0.0) + frequency * count.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "size"])
 def _filter(  # type: ignore[no-untyped-def]
     logits,
     found,
@@ -269,22 +269,23 @@ def _list(logits, costs, ids, vocab, peak, heat, last, light, BLOCK: tl.constexp
 def _search(costs, count, limit, WEIGH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The highest cost below which tokens are (or with WEIGH: weigh) less than `limit`, and how much that is.
 
-    By 15 tries at a time, which give 4 of its 31 bits.
+    Three tries at a time give two of its bits.
     """
-    low, step = 0, 1 << 27
-    below = limit * 0
-    for _ in range(8):
-        tries = low + step * tl.arange(0, 16)
-        sums = tl.zeros((BLOCK, 16), tl.float64)
+    low, step, below = 0, 1 << 29, limit * 0
+    for _ in range(16):
+        one = tl.zeros((BLOCK,), tl.float64)
+        two, three = one, one
         for first in range(0, count, BLOCK):
             at = first + tl.arange(0, BLOCK)
             cost = tl.load(costs + at, mask=at < count, other=0x7FFFFFFF)
             size = _weight(cost).to(tl.float64) if WEIGH else tl.full((BLOCK,), 1.0, tl.float64)
-            sums += tl.where(cost[:, None] < tries[None, :], size[:, None], 0.0)
-        found = tl.sum(sums, 0)
-        low += step * (tl.sum((found < limit).to(tl.int32)) - 1)
-        below = tl.max(tl.where(found < limit, found, 0.0))
-        step = tl.maximum(step >> 4, 1)  # 2^27, 2^23, ... 2^3, 1
+            one += tl.where(cost < low + step, size, 0.0)
+            two += tl.where(cost < low + 2 * step, size, 0.0)
+            three += tl.where(cost < low + 3 * step, size, 0.0)
+        a, b, c = tl.sum(one), tl.sum(two), tl.sum(three)
+        below = tl.where(c < limit, c, tl.where(b < limit, b, tl.where(a < limit, a, below)))
+        low += step * ((a < limit).to(tl.int32) + (b < limit).to(tl.int32) + (c < limit).to(tl.int32))
+        step = tl.maximum(step >> 2, 1)  # 2^29, 2^27, ... 2, 1
     return low, below
 
 
