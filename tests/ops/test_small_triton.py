@@ -332,7 +332,7 @@ KERNELS: dict[
     ),
     "filter": (
         _filter,
-        {"BLOCK": 4096, "SEARCH": 2048},
+        {"BLOCK": 2048},
         {
             "found": "*fp32", "starts": "*i64", "top_ks": "*i64", "numbers": "*fp64", "kept": "*i32", "tokens": "*i64",
             "ok": "*i1",

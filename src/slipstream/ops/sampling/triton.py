@@ -72,7 +72,7 @@ def draw(logits: Tensor, asked: Asked, out: tuple[Tensor, Tensor]) -> None:
             kept = torch.empty(2, count, vocab, dtype=torch.int32, device=x.device)
             _filter[(count,)](
                 x, found, asked.starts, asked.top_k, asked.numbers, kept, *chosen, x.stride(0), vocab, found.shape[2], count,
-                count * vocab, 4096, 2048, num_warps=16,
+                count * vocab, 2048, num_warps=16,
             )  # fmt: skip
     if not whole:
         for there, here in zip(out, chosen, strict=True):
@@ -188,7 +188,6 @@ def _filter(  # type: ignore[no-untyped-def]
     rows,
     size,
     BLOCK: tl.constexpr,
-    SEARCH: tl.constexpr,
 ):
     """The token of a row with top_k, top_p or min_p. `found` has the best logit of each piece, `kept` is room to work in.
 
@@ -204,20 +203,20 @@ def _filter(  # type: ignore[no-untyped-def]
         best = found + row * pieces
         costs = kept + row * vocab
         ids = costs + size
-        at = tl.arange(0, SEARCH)
+        at = tl.arange(0, BLOCK)
         peak = float("-inf")
-        for first in range(0, pieces, SEARCH):
+        for first in range(0, pieces, BLOCK):
             peak = tl.maximum(peak, tl.max(tl.load(best + first + at, mask=first + at < pieces, other=float("-inf"))))
 
         # The k best pieces have k tokens at least as good as the last of their best ones.
         last = 0x7FFFFFFF
         if (top_k > 0) & (top_k <= pieces):
-            for first in range(0, pieces, SEARCH):
+            for first in range(0, pieces, BLOCK):
                 real = first + at < pieces
                 x = tl.load(best + first + at, mask=real, other=float("-inf"))
                 tl.store(costs + first + at, _cost(x, peak, heat), mask=real)
             tl.debug_barrier()
-            last, _ = _search(costs, pieces, top_k.to(tl.float64), False, SEARCH)
+            last, _ = _search(costs, pieces, top_k.to(tl.float64), False, BLOCK)
             tl.debug_barrier()
         # Without top_k the total is at least 1, and all that are lighter than this weigh less than 1 - top_p of it together.
         light = tl.where((top_k == 0) & (mass < 1), (1 - mass) / (2.0 * vocab), -1.0).to(tl.float32)
@@ -227,12 +226,12 @@ def _filter(  # type: ignore[no-untyped-def]
         last, before, limit = 0x7FFFFFFF, total * 0, total + float("inf")
         if top_k > 0:
             if top_k < count:
-                last, _ = _search(costs, count, top_k.to(tl.float64), False, SEARCH)
-            total = _weigh(costs, count, last, SEARCH)
+                last, _ = _search(costs, count, top_k.to(tl.float64), False, BLOCK)
+            total = _weigh(costs, count, last, BLOCK)
         if mass < 1:
             limit = mass * total
-            last, before = _search(costs, count, limit, True, SEARCH)
-        token = _winner(costs, ids, count, last, before, limit, share, tl.load(starts + row), SEARCH)
+            last, before = _search(costs, count, limit, True, BLOCK)
+        token = _winner(costs, ids, count, last, before, limit, share, tl.load(starts + row), BLOCK)
         tl.store(tokens + row, token.to(tl.int64))
 
 
@@ -249,8 +248,7 @@ def _weight(cost):  # type: ignore[no-untyped-def]
 @triton.jit
 def _list(logits, costs, ids, vocab, peak, heat, last, light, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """List tokens that cost at most `last` and are heavier than `light`, by id: how many, and what all of the row weigh."""
-    count = 0
-    total = tl.zeros((BLOCK,), tl.float64)
+    count, total = 0, tl.zeros((BLOCK,), tl.float64)
     for first in range(0, vocab, BLOCK):
         token = first + tl.arange(0, BLOCK)
         x = tl.load(logits + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
@@ -258,10 +256,12 @@ def _list(logits, costs, ids, vocab, peak, heat, last, light, BLOCK: tl.constexp
         weight = _weight(cost)
         total += weight.to(tl.float64)
         keep = ((cost <= last) & (weight > light) & (token < vocab)).to(tl.int32)
-        to = count + tl.cumsum(keep) - keep
-        tl.store(costs + to, cost, mask=keep > 0)
-        tl.store(ids + to, token, mask=keep > 0)
-        count += tl.sum(keep)
+        found = tl.sum(keep)
+        if found > 0:
+            to = count + tl.cumsum(keep) - keep
+            tl.store(costs + to, cost, mask=keep > 0)
+            tl.store(ids + to, token, mask=keep > 0)
+        count += found
     return count, tl.sum(total)
 
 
