@@ -19,6 +19,8 @@ from slipstream.ops.sampling import Row
 
 IN_PROMPT, FORBIDDEN = 1 << 29, 1 << 30  # bits beside the count
 
+NO_ENTRIES = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+
 
 class Needs:
     """Of one sequence, as its answer grows."""
@@ -52,6 +54,8 @@ class Needs:
     def entries(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, counts with the bits beside them, biases; as they are when the answer has `position` tokens."""
         row = self.row
+        if not (self.counts_tokens or self._tokens):
+            return NO_ENTRIES
         if self.counts_tokens:
             for token in row.output_token_ids[self._counted :]:
                 self._marks[self._entry(token)] += 1
