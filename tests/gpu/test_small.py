@@ -125,7 +125,7 @@ def test_draw(dtype: torch.dtype) -> None:
         differ += cases.differ(x.to(dtype), asked, seed, "cuda")
         rows += len(asked)
     print(f"{differ} of {rows} rows have another token")
-    assert differ <= 2
+    assert differ <= 2 and cases.sampled("cuda", 150) <= 2
 
 
 @pytest.mark.parametrize("spread", [4.0, 0.5], ids=["few are kept", "many are kept"])

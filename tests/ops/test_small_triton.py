@@ -40,9 +40,11 @@ from slipstream.ops.sampling import Row
 from slipstream.ops.sampling.reference import draw as draw_reference
 from slipstream.ops.sampling.reference import pick as pick_reference
 from slipstream.ops.sampling.reference import stream
+from slipstream.ops.sampling.torch import sample as torch_sample
 from slipstream.ops.sampling.triton import _change, _filter, _finish, _race
 from slipstream.ops.sampling.triton import draw as triton_draw
 from slipstream.ops.sampling.triton import pick as triton_pick
+from slipstream.ops.sampling.triton import sample as triton_sample
 from slipstream.request import SamplingParams
 from tests.ops import interpreter, test_attention_input
 from tests.ops.test_sampling import asked_for, draw_case, drawn, random_logits
@@ -240,6 +242,17 @@ def some_rows(device: str = "cpu") -> None:
     assert drawn(triton_draw, x, part) == [None, 7, None, 7, None]
 
 
+def sampled(device: str = "cpu", cases: int = 12) -> int:
+    """Rows of any parameters, some of them with typical_p, that have another token than in torch's sampler."""
+    differ = 0
+    for seed in range(cases):
+        x, rows = draw_case(seed)
+        rows[::3] = [dataclasses.replace(r, params=r.params.replace(typical_p=0.9, temperature=0.8)) for r in rows[::3]]
+        pairs = zip(triton_sample(x.to(device), rows), torch_sample(x.to(device), rows), strict=True)
+        differ += sum(a != b for a, b in pairs)
+    return differ
+
+
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {"add_norm": add_norm, "norm": norm_alone, "nan": enter_nan}
     cases["add_norm-1"], cases["add_norm-odd"] = partial(add_norm, rows=1, width=257), partial(add_norm, width=61)
@@ -254,7 +267,7 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     cases["router-product"], cases["router-product-1"] = route_product, partial(route_product, 1, 130, 40)
     for kind in KINDS:
         cases[kind] = partial(gate, kind)
-    cases["pick"], cases["draw-some"] = picked, some_rows
+    cases["pick"], cases["draw-some"], cases["sample"] = picked, some_rows, lambda: float(sampled())
     for seed in range(24):
         cases[f"draw-{seed}"] = partial(lambda seed: float(differ(*draw_case(seed), seed)), seed)
     return cases

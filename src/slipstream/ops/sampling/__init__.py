@@ -58,6 +58,12 @@ def on_device(params: SamplingParams) -> bool:
     return params.typical_p == 1 and params.logprobs is None
 
 
+def _load_triton() -> Sample:
+    from slipstream.ops.sampling.triton import sample
+
+    return sample
+
+
 def _load_torch() -> Sample:
     from slipstream.ops.sampling.torch import sample
 
@@ -105,6 +111,7 @@ def _runs_anywhere(case: Case) -> str | None:
 
 
 IMPLS = (
+    Impl("triton", _load_triton, needs_triton),
     Impl("torch", _load_torch, _reject_torch),
     Impl("reference", _load_reference, _runs_anywhere),
 )

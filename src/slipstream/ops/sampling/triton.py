@@ -11,13 +11,17 @@ without sorting, and lets that race. What it adds up it adds up in float64, as t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.ops.sampling.needs import Asked
-from slipstream.ops.sampling.reference import _GOLDEN, _MIX1, _MIX2, _signed
+from slipstream.ops.sampling import Row
+from slipstream.ops.sampling.needs import Asked, Needs, ask
+from slipstream.ops.sampling.reference import _GOLDEN, _MIX1, _MIX2, _signed, check_rows, streams
+from slipstream.ops.sampling.torch import sample as sample_torch
 
 PIECE = 1024
 GOLDEN, MIX1, MIX2 = (tl.constexpr(_signed(number)) for number in (_GOLDEN, _MIX1, _MIX2))
@@ -77,6 +81,27 @@ def draw(logits: Tensor, asked: Asked, out: tuple[Tensor, Tensor]) -> None:
     if not whole:
         for there, here in zip(out, chosen, strict=True):
             there.index_copy_(0, asked.rows, here)
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | None]:
+    """All rows that `draw` can serve are one wait for the device; those with typical_p are left to torch."""
+    check_rows(logits, rows)
+    tokens: list[int | None] = [None] * len(rows)
+    mine = [i for i, row in enumerate(rows) if row.params.typical_p == 1]
+    others = [i for i, row in enumerate(rows) if row.params.typical_p < 1]
+    if mine:
+        out = _room(len(rows), logits.device)
+        drawn, positions = [rows[i] for i in mine], [rows[i].position for i in mine]
+        needs = [Needs(row, logits.shape[1]) for row in drawn]
+        starts = streams([row.seed for row in drawn], positions)
+        draw(logits, ask(needs, mine, positions, starts, [-1] * len(mine), out[0]), out)
+        found, ok = (t.tolist() for t in out)
+        for i in mine:
+            tokens[i] = found[i] if ok[i] else None
+    if others:
+        for i, token in zip(others, sample_torch(logits[others], [rows[i] for i in others]), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 @triton.jit
