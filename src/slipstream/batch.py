@@ -177,7 +177,7 @@ def build_batch(
     )
 
 
-DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32}
+DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32, "f8": torch.float64}
 
 
 def aligned(nbytes: int) -> int:

@@ -13,7 +13,8 @@ from slipstream.batch import Batch, build_batch, to_device
 from slipstream.cache.storage import Storage
 from slipstream.engine.graphs import Decoder
 from slipstream.layers.transformer import Transformer
-from slipstream.ops.sampling import Row, is_plain
+from slipstream.ops.sampling import Row, is_plain, on_device
+from slipstream.ops.sampling.needs import Asked, Needs, ask
 from slipstream.ops.sampling.reference import streams, token_logprobs
 from slipstream.plan import Plan
 from slipstream.request import UNKNOWN, Chunk, Step, TokenLogprob
@@ -52,7 +53,8 @@ class Runner:
         self.plan, self.model = plan, model
         self.storage = Storage(plan.groups, plan.stored_pages, plan.page_size, plan.dtype, plan.device)
         self.rows: dict[int, Row] = {}
-        self._plain: set[int] = set()
+        self._plain: set[int] = set()  # whose rows `pick` is enough for, once they have min_new_tokens
+        self._needs: dict[int, Needs] = {}  # of those that it was not enough for
         most = plan.max_num_seqs
         self._answers = torch.zeros(9 * most, dtype=torch.uint8, device=plan.device)
         self.answers = _answers(self._answers, most)
@@ -81,6 +83,7 @@ class Runner:
         for sequence in step.finished:
             self.rows.pop(sequence, None)
             self._plain.discard(sequence)
+            self._needs.pop(sequence, None)
             if self.decoder is not None:
                 self.decoder.forget(sequence)
         for s in step.started:
@@ -89,8 +92,11 @@ class Runner:
                 self._plain.add(s.sequence)
         whole = frozenset(c.sequence for c in step.chunks if self._wants_prompt(c))
         sampled = [c for c in step.chunks if c.sample]
-        plain = self.plan.async_scheduling and not whole and all(map(self._is_plain, sampled))
+        plain = (
+            self.plan.async_scheduling and not whole and all(on_device(self.rows[c.sequence].params) for c in sampled)
+        )
         heat, noise = self._drawing(sampled) if plain or self.decoder else ([], np.zeros(0, np.int64))
+        asked = self._ask(sampled, heat, noise) if plain else None
         if self.decoder is not None and not whole and all(c.sample and len(c.token_ids) == 1 for c in step.chunks):
             sources = [self._sources[c.sequence] if c.token_ids[0] == UNKNOWN else 0 for c in step.chunks]
             logits = self.decoder.run(step.chunks, sources, heat, noise)
@@ -99,6 +105,8 @@ class Runner:
             if plain and sampled:
                 heats, starts = to_device([np.array(heat, np.float32), noise], self.plan.device)
                 self.plan.ops.pick(logits, heats, starts, tuple(t[: len(sampled)] for t in self.answers))
+        if asked is not None:
+            self.plan.ops.draw(logits, asked, self.answers)
         flight = Flight(step, whole, None if plain else logits)
         self._sources = {c.sequence: i for i, c in enumerate(sampled)} if plain else {}
         if plain and self.plan.device.type == "cuda":
@@ -129,6 +137,22 @@ class Runner:
         row = self.rows[chunk.sequence]
         forbidden = row.stop_token_ids and chunk.end - len(row.prompt_token_ids) < row.params.min_new_tokens
         return chunk.sequence in self._plain and not forbidden
+
+    def _ask(self, sampled: list[Chunk], heat: list[float], noise: np.ndarray) -> Asked | None:
+        """What is needed by rows that `pick` is not enough for; to it they become greedy, which costs least."""
+        found = [i for i, c in enumerate(sampled) if not self._is_plain(c)]
+        if not found:
+            return None
+        needs, positions, sources = [], [], []
+        for i in found:
+            heat[i], chunk = 0.0, sampled[i]
+            row = self.rows[chunk.sequence]
+            if chunk.sequence not in self._needs:
+                self._needs[chunk.sequence] = Needs(row, self.plan.model_config.vocab_size)
+            needs.append(self._needs[chunk.sequence])
+            positions.append(chunk.end - len(row.prompt_token_ids))
+            sources.append(self._sources[chunk.sequence] if chunk.token_ids[-1] == UNKNOWN else -1)
+        return ask(needs, found, positions, noise[found], sources, self.answers[0])
 
     def _drawing(self, sampled: list[Chunk]) -> tuple[list[float], np.ndarray]:
         """Temperatures, and where the noise of each row starts."""

@@ -37,4 +37,5 @@ class Ops:
     dtype: torch.dtype
     sample: Any = None
     pick: Any = None
+    draw: Any = None
     row_by_row: bool = False

@@ -291,6 +291,7 @@ def _choose(
         "activation": choose("activation", activation.IMPLS, case),
         "sampling": choose("sampling", sampling.IMPLS, case),
         "pick": choose("pick", sampling.PICK, case),
+        "draw": choose("draw", sampling.DRAW, case),
         "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
     }
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
@@ -307,13 +308,13 @@ def _choose(
     table = Ops(
         add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
         activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
-        sample=chosen["sampling"].fn, pick=chosen["pick"].fn,
+        sample=chosen["sampling"].fn, pick=chosen["pick"].fn, draw=chosen["draw"].fn,
         row_by_row=asked.batch_invariant and case.device == "cpu",
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]
     if case.device != "cuda" and not asked.async_scheduling:
-        del chosen["pick"]
+        del chosen["pick"], chosen["draw"]
     return list(chosen.values()), table
 
 
