@@ -8,4 +8,4 @@ python3 benchmarks/gpu_load.py 20b --folder "${1:-/dev/shm}"
 python3 benchmarks/gpu_logits.py 20b --folder "${1:-/dev/shm}"
 python3 benchmarks/gpu_speed.py llama8b
 python3 benchmarks/gpu_speed.py qwen30b
-python3 benchmarks/numbers.py
+python3 benchmarks/page.py

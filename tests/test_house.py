@@ -28,7 +28,7 @@ FRONTS = ("server", "bench", "tuning", "bridge", "cli")
 # Inside these, single files also hold to an order, as others rely on what they leave out.
 INSIDE = {
     "cache": ("spec", "budget", "pool", "pages", "storage"),
-    "engine": ("graphs", "runner", "worker", "rank", "snapshot", "engine"),
+    "engine": ("graphs", "runner", "worker", "rank", "snapshot", "warm", "engine"),
 }
 TORCH_FREE = (
     "slipstream", "slipstream.errors", "slipstream.request", "slipstream.config", "slipstream.cache.spec",

@@ -48,7 +48,7 @@ def says(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Script:
         under_way: dict[int, Iterator[int]] = {}
 
         def launch(step: Step) -> Flight:
-            return Flight(step, frozenset(), torch.empty(0), plain=False)
+            return Flight(step, frozenset(), torch.empty(0))
 
         def finish(flight: Flight) -> StepResult:
             tokens: dict[int, int | None] = {}

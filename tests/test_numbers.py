@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def numbers() -> ModuleType:
-    path = ROOT / "benchmarks/numbers.py"
+    path = ROOT / "benchmarks/page.py"
     spec = importlib.util.spec_from_file_location("numbers_page", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -42,7 +43,7 @@ def record(claim: str, value: float, date: str = "2026-01-02T00:00:00+00:00", **
 
 def test_the_page_is_what_the_records_say(numbers: ModuleType) -> None:
     page = (ROOT / "docs/numbers.md").read_text()
-    assert numbers.filled(page, numbers.last_records()) == page, "run python benchmarks/numbers.py"
+    assert numbers.filled(page, numbers.last_records()) == page, "run python benchmarks/page.py"
 
 
 def test_every_goal_of_the_page_is_a_claim_that_a_benchmark_names(numbers: ModuleType) -> None:
@@ -93,3 +94,9 @@ def test_tables_are_whole_and_the_rest_of_the_page_stays(numbers: ModuleType) ->
         assert len({line.count("|") for line in text.splitlines()}) == 1
     with pytest.raises(SystemExit, match="no place for"):
         numbers.filled("nothing", found)
+
+
+def test_no_benchmark_hides_a_module_that_others_import() -> None:
+    """Run as a script, a benchmark finds its own folder first."""
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert not names & {*sys.stdlib_module_names, "torch", "numpy", "transformers", "triton", "slipstream"}

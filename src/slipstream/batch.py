@@ -177,12 +177,17 @@ def build_batch(
     )
 
 
-DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32}
+DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32, "f8": torch.float64}
+
+
+def aligned(nbytes: int) -> int:
+    """Triton compiles a kernel anew for pointers that are multiples of 16 bytes, and for others."""
+    return -(-nbytes // 128) * 128
 
 
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """The arrays as tensors. They travel together, and nobody waits for them."""
-    sizes = [-(-a.nbytes // 8) * 8 for a in arrays]
+    sizes = [aligned(a.nbytes) for a in arrays]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
     bytes, at = buffer.numpy(), 0
     for a, size in zip(arrays, sizes, strict=True):

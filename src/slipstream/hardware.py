@@ -40,6 +40,7 @@ def find_hardware(asked: EngineConfig, why: dict[str, str]) -> Hardware:
         if index >= torch.cuda.device_count():
             raise ConfigError(f"device: there is no {device}; torch sees {torch.cuda.device_count()} CUDA devices")
         free, _ = torch.cuda.mem_get_info(index)
+        free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)  # what torch keeps to use again
         return Hardware(device, torch.cuda.get_device_name(index), free, torch.cuda.get_device_capability(index))
     if device.startswith("mps") and not torch.backends.mps.is_available():
         raise ConfigError("device: mps was asked for, but torch sees no Apple GPU; use device='cpu'")

@@ -32,6 +32,7 @@ class LLM:
     Args:
         model: a name that `slipstream models` lists, a Hub id, a folder, or a .gguf file.
         progress: called with (bytes read, bytes in all) while weights load.
+        compiling: called with (kernels compiled, kernels in all) where a GPU's have to be, which is once for each card and model.
         options: fields of EngineConfig, such as dtype="bfloat16" or max_model_len=4096.
 
     Raises:
@@ -39,11 +40,21 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None, **options: Any
+        self,
+        model: str | os.PathLike[str],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        compiling: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> None:
         asked = EngineConfig(**options)
         with no_collection():
             self._start(model, asked, progress)
+            from slipstream.engine.runner import Runner
+            from slipstream.engine.warm import warm
+
+            if isinstance(self.engine.runner, Runner):  # a rehearsal of one rank alone would wait for the others
+                warm(self.engine.runner, compiling)
         self._ids = itertools.count()
 
     def _start(

@@ -10,7 +10,9 @@ import pytest
 from slipstream import LLM, SamplingParams
 from slipstream.engine import engine as module
 from slipstream.engine.engine import Delta, Stream
+from slipstream.engine.runner import Flight
 from slipstream.errors import RequestError
+from slipstream.request import Step
 from tests.engine import tiny
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20, ignore_eos=True)
@@ -223,3 +225,30 @@ def test_four_answers_compute_their_prompt_once(hybrid: Path) -> None:
     assert [c.token_ids for c in out.outputs] == [c.token_ids for c in want.outputs]
     assert (llm.snapshot().prompt_tokens, llm.snapshot().cached_tokens) == (41 + 3, 3 * 40)
     assert alone.snapshot().prompt_tokens == 4 * 41
+
+
+def test_a_step_that_cannot_be_launched_ahead_leaves_the_one_before_it_whole(
+    hybrid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(hybrid, kv_cache_memory_bytes=1 << 20, max_model_len=64, async_scheduling=True)
+    short, long = (SamplingParams(temperature=0, max_new_tokens=n, ignore_eos=True) for n in (3, 10))
+    want = [llm.generate("the tide", p).outputs[0].token_ids for p in (short, long)]
+    launch, calls = llm.engine.runner.launch, 0
+
+    def fail(step: Step) -> Flight:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the first one without the short answer
+            raise RuntimeError("no room")
+        return launch(step)
+
+    monkeypatch.setattr(llm.engine.runner, "launch", fail)
+    streams = [llm.submit("the tide", p) for p in (short, long)]
+    with pytest.raises(RuntimeError, match="no room"):
+        while llm.engine.step():
+            pass
+    first, second = (s.output.outputs[0] for s in streams)
+    assert (first.token_ids, first.finish_reason) == (want[0], "length")
+    assert (second.token_ids, second.finish_reason, second.error) == (want[1][:3], "error", "RuntimeError: no room")
+    assert llm.generate("the tide", long).outputs[0].token_ids == want[1]
+    tiny.check_idle(llm)

@@ -31,6 +31,14 @@ KINDS = (
     SamplingParams(seed=4, temperature=1.4, top_k=20, repetition_penalty=1.2, presence_penalty=0.4),
     SamplingParams(seed=5, top_p=0.9, logprobs=1),
     SamplingParams(seed=2**64 - 1, min_p=0.02, n=2),
+    SamplingParams(
+        seed=6,
+        top_p=0.9,
+        frequency_penalty=0.6,
+        logit_bias={7: 2.0},
+        min_new_tokens=2,
+        stop_token_ids=tuple(range(9, 40)),
+    ),
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slipstream import LLM, SamplingParams
+from tests.engine.test_graphs import MORE
 from tests.engine.test_schedules import ask, play_many
 from tests.parity import tiny as parity
 
@@ -43,12 +44,20 @@ def test_any_schedule_gives_the_answers_made_alone(tmp_path: Path) -> None:
     play_many(model, range(8), each=8)
 
 
-def test_the_plan_records_steps_and_makes_them_ahead(shape: Path) -> None:
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "drawn"])
+def test_the_plan_records_steps_and_makes_them_ahead(shape: Path, more: bool) -> None:
     llm = load(shape, dtype="float32")
     assert llm.plan.cuda_graphs and llm.plan.async_scheduling
     prompts = [[7 * i + j for j in range(3 + 11 * i)] for i in range(9)]
     params = [
-        SamplingParams(temperature=0.8 * (i % 2), seed=i, max_new_tokens=5 + 6 * i, ignore_eos=True) for i in range(9)
+        SamplingParams(
+            temperature=0.8 * (i % 2),
+            seed=i,
+            max_new_tokens=5 + 6 * i,
+            ignore_eos=True,
+            **(MORE[i % 6] if more else {}),
+        )
+        for i in range(9)
     ]
     got = [o.outputs[0].token_ids for o in llm.generate_batch(prompts, params)]
     decoder = llm.engine.runner.decoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,12 @@ from slipstream.ops.router.triton import router
 from slipstream.ops.sampling import Row
 from slipstream.ops.sampling.reference import sample, stream
 from slipstream.ops.sampling.torch import sample as batched
-from slipstream.ops.sampling.triton import pick
+from slipstream.ops.sampling.triton import draw, pick
 from slipstream.request import SamplingParams
 from tests.ops import test_attention_input as entry
 from tests.ops import test_small_triton as cases
 from tests.ops.test_attention_triton import World
+from tests.ops.test_sampling import asked_for, draw_case, random_row
 
 pytestmark = pytest.mark.gpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -113,6 +115,44 @@ def test_ten_thousand_draws_are_those_of_the_samplers() -> None:
     assert differ <= 2 and whole <= 1
 
 
+@DTYPES
+def test_draw(dtype: torch.dtype) -> None:
+    """Rows of any parameters, as in the reference on this device. An exponential of another last bit may let one through."""
+    cases.some_rows("cuda")
+    differ, rows = 0, 0
+    for seed in range(150):
+        x, asked = draw_case(seed, (3, 40, 611, 5003, 32_003, 201_088))
+        differ += cases.differ(x.to(dtype), asked, seed, "cuda")
+        rows += len(asked)
+    print(f"{differ} of {rows} rows have another token")
+    assert differ <= 2 and cases.sampled("cuda", 150) <= 2
+
+
+@pytest.mark.parametrize("spread", [4.0, 0.5], ids=["few are kept", "many are kept"])
+@pytest.mark.parametrize("params", [{"top_k": 20, "top_p": 0.95}, {"top_p": 0.9}, {"repetition_penalty": 1.1}], ids=str)
+@pytest.mark.parametrize("rows", [1, 64, 256])
+def test_how_long_draw_takes(rows: int, params: dict[str, Any], spread: float) -> None:
+    """Prints it. Sums of so many weights must be right too: each row is drawn from what is kept."""
+    logits = (spread * torch.randn(rows, 201_088, device="cuda")).bfloat16()
+    history = torch.randint(201_088, (rows, 1000)).tolist()
+    asked = asked_for(
+        [Row(SamplingParams(**params), h, h[:500], i) for i, h in enumerate(history)], 201_088, random.Random(0), "cuda"
+    )
+    out = torch.empty(rows, dtype=torch.int64, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
+    draw(logits, asked, out)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(10):
+        draw(logits, asked, out)
+    end.record()
+    torch.cuda.synchronize()
+    print(f"{rows} rows, {params}, spread {spread}: {100 * start.elapsed_time(end):.0f} us")
+    assert out[1].all() and ((out[0] >= 0) & (out[0] < 201_088)).all()
+    if "top_k" in params:
+        least = logits.float().topk(20).values[:, -1]
+        assert (logits.float().gather(1, out[0][:, None])[:, 0] >= least).all()
+
+
 def captured(call: Callable[[], Any]) -> None:
     """Eager twice and a replay: the same bits. Everything that is allocated may hold anything."""
     first = [t.clone() for t in call()]
@@ -150,9 +190,15 @@ def test_host_is_not_waited_for() -> None:
     logits, heat = torch.randn(5, 3000, device="cuda"), torch.ones(5, device="cuda")
     starts: Tensor = torch.arange(5, device="cuda")
     asked = entry.case(64, True, BF16, "cuda", (5, 8, 2, 64, 40))
+    rng, out = random.Random(1), pick(logits, heat, starts)
+    rows = [random_row(rng, 3000) for _ in range(5)]
+    drawn, some = asked_for(rows, 3000, rng, "cuda"), asked_for(rows[:3], 3000, rng, "cuda")
+    assert drawn.filtered and drawn.changed
     torch.cuda.set_sync_debug_mode("error")
     try:
         pick(logits, heat, starts)
+        draw(logits, drawn, out)
+        draw(logits, some, out)
         router(logits[:, :32], torch.clone, 4, softmax_first=True)
         attention_input(**asked)
         add_norm(logits, logits, logits[0], 1e-5)

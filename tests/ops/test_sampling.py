@@ -13,9 +13,10 @@ from transformers.generation import logits_process as hf
 
 from slipstream.errors import RequestError
 from slipstream.ops.sampling import IMPLS, Row, reference
+from slipstream.ops.sampling.needs import Asked, Needs, ask
 from slipstream.request import SamplingParams
 
-SAMPLERS = {impl.name: impl.load() for impl in IMPLS}
+SAMPLERS = {impl.name: impl.load() for impl in IMPLS if impl.name != "triton"}
 each_sampler = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS)
 
 
@@ -51,6 +52,48 @@ def random_row(rng: random.Random, vocab: int) -> Row:
         rng.randrange(-(2**63), 2**64),
         tuple(rng.randrange(vocab) for _ in range(2)),
     )
+
+
+def asked_for(rows: list[Row], vocab: int, rng: random.Random, device: str = "cpu") -> Asked:
+    """The rows for `draw`. Of some of them the newest token is told as one that only the device knows."""
+    unknown = [bool(r.output_token_ids) and rng.random() < 0.5 for r in rows]
+    told = [
+        dataclasses.replace(r, output_token_ids=r.output_token_ids[:-1]) if u else r
+        for r, u in zip(rows, unknown, strict=True)
+    ]
+    order = rng.sample(range(len(rows)), len(rows))
+    tokens = torch.tensor([rows[i].output_token_ids[-1] if unknown[i] else 0 for i in order], device=device)
+    return ask(
+        [Needs(r, vocab) for r in told],
+        range(len(rows)),
+        [r.position for r in rows],
+        reference.streams([r.seed for r in rows], [r.position for r in rows]),
+        [order.index(i) if u else -1 for i, u in enumerate(unknown)],
+        tokens,
+    )
+
+
+def drawn(draw: Any, x: torch.Tensor, asked: Asked) -> list[int | None]:
+    """What `draw` puts into its rows of answers; the others stay."""
+    tokens, ok = torch.full((len(x) + 1,), -7, device=x.device), torch.zeros(len(x) + 1, dtype=torch.bool).to(x.device)
+    before = x.clone()
+    draw(x, asked, (tokens, ok))
+    assert torch.equal(x.nan_to_num(7), before.nan_to_num(7)) and tokens[-1] == -7
+    return [t if good else None for t, good in zip(tokens[:-1].tolist(), ok.tolist(), strict=False)]
+
+
+def draw_case(seed: int, vocabs: tuple[int, ...] = (3, 40, 611, 5003)) -> tuple[torch.Tensor, list[Row]]:
+    """Logits and rows of any parameters but typical_p. Many are equal, or some rows have no token."""
+    rng = random.Random(seed)
+    vocab = rng.choice(vocabs)
+    x = random_logits(seed, rng.randrange(1, 8), vocab, rng.choice([0.1, 3, 12]))
+    if seed % 3 == 0:
+        x = x.round() if seed % 2 else x.bfloat16().float()
+    if seed % 5 == 0:
+        x[0, rng.randrange(vocab)] = rng.choice([math.nan, math.inf])
+        x[-1, 1:] = -math.inf
+    rows = [random_row(rng, vocab) for _ in x]
+    return x, [dataclasses.replace(r, params=r.params.replace(typical_p=1)) for r in rows]
 
 
 def kept_by_transformers(x: torch.Tensor, r: Row) -> torch.Tensor:
@@ -161,6 +204,32 @@ def test_the_fast_sampler_gives_the_tokens_of_the_reference() -> None:
         # Each row alone, and in another order beside others.
         assert [SAMPLERS["torch"](x[i : i + 1], [r])[0] for i, r in enumerate(rows)] == expected
         assert SAMPLERS["torch"](x.flip(0), rows[::-1]) == expected[::-1]
+
+
+def test_draw_gives_the_tokens_of_the_sampler() -> None:
+    for case in range(150):
+        x, rows = draw_case(case)
+        asked = asked_for(rows, x.shape[1], random.Random(case))
+        assert drawn(reference.draw, x, asked) == reference.sample(x, rows), (case, [r.params for r in rows])
+
+
+def test_what_is_needed_follows_the_answer() -> None:
+    """Tokens are counted once, stop tokens are free from min_new_tokens on, also if they are biased or in the prompt."""
+    vocab = 11
+    r = row([5, 9, 9], [], 3, (4, 9, 99), temperature=0, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1,
+            logit_bias={4: 2.0, 2: 0.5}, min_new_tokens=3)  # fmt: skip
+    needs, rng = Needs(r, vocab), random.Random(0)
+    for position in range(9):
+        x = random_logits(position, 1, vocab, 0.2)
+        last = r.output_token_ids.pop() if position % 3 == 2 else None  # type: ignore[attr-defined]
+        asked = ask(
+            [needs], [0], [position], reference.streams([3], [position]), [-1 if last is None else 1],
+            torch.tensor([0, last or 0]),
+        )  # fmt: skip
+        r.output_token_ids.extend([] if last is None else [last])  # type: ignore[attr-defined]
+        changed = reference._changed(x[0].clone(), asked, 0, 1.3, 0.2, 0.1)
+        assert torch.equal(changed, reference.change_logits(x[0].clone(), r)), position
+        r.output_token_ids.append(rng.randrange(vocab))  # type: ignore[attr-defined]
 
 
 def test_shared_draws_are_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

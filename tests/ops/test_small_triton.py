@@ -6,6 +6,9 @@ tests/gpu/test_small.py runs the same cases on a device.
 
 from __future__ import annotations
 
+import dataclasses
+import random
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +36,18 @@ from slipstream.ops.norm.triton import add_norm as triton_norm
 from slipstream.ops.router.reference import router as router_reference
 from slipstream.ops.router.triton import TILE, _part, _router
 from slipstream.ops.router.triton import router as triton_router
+from slipstream.ops.sampling import Row
+from slipstream.ops.sampling.reference import draw as draw_reference
 from slipstream.ops.sampling.reference import pick as pick_reference
 from slipstream.ops.sampling.reference import stream
-from slipstream.ops.sampling.triton import _finish, _race
+from slipstream.ops.sampling.torch import sample as torch_sample
+from slipstream.ops.sampling.triton import _change, _filter, _finish, _race
+from slipstream.ops.sampling.triton import draw as triton_draw
 from slipstream.ops.sampling.triton import pick as triton_pick
+from slipstream.ops.sampling.triton import sample as triton_sample
+from slipstream.request import SamplingParams
 from tests.ops import interpreter, test_attention_input
+from tests.ops.test_sampling import asked_for, draw_case, drawn, random_logits
 from tests.ops.test_triton import inside_nan
 
 F32 = torch.float32
@@ -210,6 +220,39 @@ def picked(dtype: torch.dtype = F32, device: str = "cpu", rows: int = 41, vocab:
     assert triton_pick(logits[:0], temperature[:0], starts[:0])[0].shape == (0,)
 
 
+def differ(x: Tensor, rows: list[Row], seed: int, device: str = "cpu") -> int:
+    """Rows that have another token than in the reference; one row alone has what it has beside others."""
+    x = inside_nan(x.to(device))
+    asked = asked_for(rows, x.shape[1], random.Random(seed), device)
+    found = drawn(triton_draw, x, asked)
+    i = len(rows) // 2
+    assert drawn(triton_draw, x[i : i + 1], asked_for(rows[i : i + 1], x.shape[1], random.Random(seed), device)) == [
+        found[i]
+    ]
+    return sum(a != b for a, b in zip(found, drawn(draw_reference, x, asked), strict=True))
+
+
+def some_rows(device: str = "cpu") -> None:
+    """Only those that are asked for, in a copy."""
+    x, rows = random_logits(1, 5, 2 * 1024 + 37).to(device), []
+    rows = [Row(SamplingParams(top_k=1 + i, top_p=0.9, logit_bias={7: 40.0}), (1,), (), i) for i in (0, 1)]
+    part = dataclasses.replace(
+        asked_for(rows, x.shape[1], random.Random(0), device), rows=torch.tensor([1, 3]).to(device)
+    )
+    assert drawn(triton_draw, x, part) == [None, 7, None, 7, None]
+
+
+def sampled(device: str = "cpu", cases: int = 12) -> int:
+    """Rows of any parameters, some of them with typical_p, that have another token than in torch's sampler."""
+    differ = 0
+    for seed in range(cases):
+        x, rows = draw_case(seed)
+        rows[::3] = [dataclasses.replace(r, params=r.params.replace(typical_p=0.9, temperature=0.8)) for r in rows[::3]]
+        pairs = zip(triton_sample(x.to(device), rows), torch_sample(x.to(device), rows), strict=True)
+        differ += sum(a != b for a, b in pairs)
+    return differ
+
+
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {"add_norm": add_norm, "norm": norm_alone, "nan": enter_nan}
     cases["add_norm-1"], cases["add_norm-odd"] = partial(add_norm, rows=1, width=257), partial(add_norm, width=61)
@@ -224,7 +267,9 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     cases["router-product"], cases["router-product-1"] = route_product, partial(route_product, 1, 130, 40)
     for kind in KINDS:
         cases[kind] = partial(gate, kind)
-    cases["pick"] = picked
+    cases["pick"], cases["draw-some"], cases["sample"] = picked, some_rows, lambda: float(sampled())
+    for seed in range(24):
+        cases[f"draw-{seed}"] = partial(lambda seed: float(differ(*draw_case(seed), seed)), seed)
     return cases
 
 
@@ -289,10 +334,28 @@ KERNELS: dict[
         {"temperature": "*fp32", "found": "*fp32", "ids": "*i32", "tokens": "*i64", "ok": "*i1"},
         1,
     ),
-}
+    "change": (
+        _change,
+        {"BLOCK": 1024},
+        {
+            "x": "*fp32", "bounds": "*i64", "newest": "*i64", "numbers": "*fp64", "tokens": "*i32", "marks": "*i32",
+            "biases": "*fp32",
+        },
+        4,
+    ),
+    "filter": (
+        _filter,
+        {"BLOCK": 2048},
+        {
+            "found": "*fp32", "starts": "*i64", "top_ks": "*i64", "numbers": "*fp64", "kept": "*i32", "tokens": "*i64",
+            "ok": "*i1",
+        },
+        16,
+    ),
+}  # fmt: skip
 NUMBERS = (
     "x_stride", "delta_stride", "w_stride", "part_stride", "stride", "width", "heads", "kv_heads", "experts", "top_k", "inner",
-    "vocab", "size", "pieces", "tokens", "hidden", "each",
+    "vocab", "size", "pieces", "tokens", "hidden", "each", "rows",
 )  # fmt: skip
 
 
@@ -315,8 +378,16 @@ def test_it_compiles_for_hopper_without_spills(name: str, monkeypatch: pytest.Mo
         if signature[a][0] == "*" or "stride" in a or a in ("width", "hidden", "inner")
     }
     source = ASTSource(kernel, signature, constants, whole)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "enable_fp_fusion": name != "change"}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = made.asm["ptx"]
+    if name in ("change", "filter"):
+        cubin = tmp_path / "cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        assert "STACK:0 " in used and "LOCAL:0 " in used, used
+        assert name != "change" or "fma" not in ptx  # products are rounded before they are added, as in the reference
     before, wait, after = ptx.partition("griddepcontrol.wait")
     assert bool(wait) == chained == ("griddepcontrol.launch_dependents" in ptx)
     assert not chained or ("st.global" in after and "st.global" not in before)  # an earlier kernel may still read there

@@ -42,6 +42,9 @@ class Asked:
     tell: Tell = lambda _: None
     progress: Callable[[int, int], None] | None = None
 
+    def compiling(self, done: int, total: int) -> None:
+        self.tell(f"compiling kernels for this card, once: {done} of {total}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -143,7 +146,7 @@ def run(asked: Asked, cases: Sequence[Case]) -> Report:
     notes: list[str] = []
 
     def ours() -> tuple[Plan, list[Measured]]:
-        llm = LLM(path, progress=asked.progress, **options)
+        llm = LLM(path, progress=asked.progress, compiling=asked.compiling, **options)
         for case in cases:
             room(llm.plan, case)
         if asked.against:

@@ -147,13 +147,13 @@ def load(model: Model, engine: EngineOptions, repeats: Repeats = 3, as_json: AsJ
 COMMANDS = (decode, prefill, serve, load)
 
 
-class _Status:
+class Status:
     """One line on a terminal's standard error that says what is going on. Nothing where that is none."""
 
     def __init__(self) -> None:
         self._shows = sys.stderr.isatty()
 
-    def __enter__(self) -> _Status:
+    def __enter__(self) -> Status:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,7 +176,7 @@ def _bench(
     options = engine.changes()
     from slipstream.bench.run import Asked
 
-    with _Status() as status, Bar() as bar:
+    with Status() as status, Bar() as bar:
 
         def progress(done: int, total: int) -> None:
             bar(f"loading {model}", done, total)

@@ -27,7 +27,12 @@ def load_llm(model: str, options: EngineOptions) -> LLM:
         path = resolve(model, progress=bar, weights=engine.get("weights") != "random")
         from slipstream.llm import LLM
 
-        return LLM(path, progress=lambda done, total: bar(f"loading {model}", done, total), **engine)
+        return LLM(
+            path,
+            progress=lambda done, total: bar(f"loading {model}", done, total),
+            compiling=lambda done, total: bar("compiling kernels for this card, once", done, total, "kernels"),
+            **engine,
+        )
 
 
 def usage(llm: LLM, output: RequestOutput) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from slipstream.cli.models import models
 from slipstream.cli.options import option_name
 from slipstream.cli.pull import pull
 from slipstream.cli.quantize import quantize
+from slipstream.cli.tune import tune
 from slipstream.errors import SlipstreamError
 
-_COMMANDS = (generate, chat, batch, pull, inspect, explain, models, quantize)
+_COMMANDS = (generate, chat, batch, pull, inspect, explain, models, quantize, tune)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 

@@ -120,14 +120,15 @@ def number(count: float) -> str:
 
 
 class Bar:
-    """Called with (what is done, bytes done, bytes in all). Draws a bar on a terminal, for what takes a moment.
+    """Called with (what is done, bytes done, bytes in all), or other things than bytes. Draws a bar on a terminal, for what
+    takes a moment.
 
     Use it in a `with`, so that the terminal is left clean however it ends.
     """
 
     def __init__(self) -> None:
         self._shows = sys.stderr.isatty()
-        self._label = ""
+        self._label = self._things = ""
         self._since = 0.0
         self._drawn: Progress | None = None
         self._task: TaskID | None = None
@@ -140,7 +141,7 @@ class Bar:
             self._drawn.stop()
             self._drawn = None
 
-    def __call__(self, label: str, done: int, total: int | None) -> None:
+    def __call__(self, label: str, done: int, total: int | None, things: str = "") -> None:
         if not self._shows:
             return
         now = time.monotonic()
@@ -150,6 +151,7 @@ class Bar:
         if self._drawn is None:
             if now - self._since < _MOMENT:
                 return
+            self._things = things
             self._draw(label)
         if self._drawn is not None and self._task is not None:
             self._drawn.update(self._task, completed=done, total=total)
@@ -159,9 +161,11 @@ class Bar:
         from rich.console import Console
         from rich.markup import escape
 
+        counts: tuple[progress.ProgressColumn, ...] = (progress.DownloadColumn(True), progress.TransferSpeedColumn())
+        if self._things:
+            counts = progress.MofNCompleteColumn(), progress.TextColumn(self._things)
         columns = (
-            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(True),
-            progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"), progress.BarColumn(), *counts, progress.TimeRemainingColumn(),
         )  # fmt: skip
         self._drawn = progress.Progress(*columns, console=Console(stderr=True), transient=True)
         self._task = self._drawn.add_task(escape(safe(label)), total=None)

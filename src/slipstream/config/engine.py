@@ -95,7 +95,7 @@ class EngineConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
-        if self.async_scheduling not in (None, True, False):
+        if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
             raise ConfigError(f"async_scheduling: must be true or false, got {self.async_scheduling!r}")
         for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager", "enable_expert_parallel"):
             if not isinstance(getattr(self, name), bool):

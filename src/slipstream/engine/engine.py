@@ -212,15 +212,25 @@ class Engine:
                 flight = self._launch(running)
                 if flight is None:
                     return False
+            failed = None
             if flight.plain:
-                self._flight = self._launch(running)
+                try:
+                    self._flight = self._launch(running)
+                except BaseException as e:  # this step is as good as it was, if only the next one could not be launched
+                    failed = e
+                    if not self._in_runner:
+                        raise
             self._in_runner = True
             result = self.runner.finish(flight)
             self._in_runner = False
+            del running[0]
             self._take_prompt_logprobs(result)
             for sequence, token in self.scheduler.commit(flight.step, result.tokens):
                 if answer := self._answers.get(sequence.id):  # or the delivery of one before it has ended this one too
                     self._advance(answer, token, result)
+            if failed is not None:
+                self._in_runner = True
+                raise failed
         except BaseException as e:
             self._break(e, running)
             raise

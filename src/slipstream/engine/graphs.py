@@ -8,6 +8,7 @@ come in a few widths, since kernels are launched for the width.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.batch import Batch, GroupBatch
+from slipstream.batch import Batch, GroupBatch, aligned
 from slipstream.cache.storage import Storage
 from slipstream.layers.transformer import Transformer
 from slipstream.plan import Plan
@@ -28,7 +29,7 @@ NARROW = 32  # pages of the narrowest table
 
 
 def ladder(most: int) -> tuple[int, ...]:
-    """Numbers of rows that graphs are recorded for: at most an eighth of the rows is filled up from 8 on."""
+    """Numbers of rows that graphs are recorded for: at most a quarter of the rows is filled up from 8 on."""
     sizes = [n for n in (1, 2, 4) if n < most]
     step, at = 4, 8
     while at < most:
@@ -57,20 +58,21 @@ class Inputs:
         """Offset, type and size of each part, and last the bytes in all."""
         found = self._cuts.get(shape)
         if found is None:
-            rows, groups, at = shape.rows, len(shape.widths), 0
+            rows, groups, at = -(-shape.rows // 32) * 32, len(shape.widths), 0  # so that each row of a part is aligned
             found = []
-            for kind, size in (
+            kinds: list[tuple[type, tuple[int, ...]]] = [
                 (
                     np.int64,
                     (4 + groups, rows),
                 ),  # token ids, whose answers they are, positions, noise, slots of each group
                 (np.int32, (1 + groups, rows)),  # positions, first pages
-                *((np.int32, (rows, width)) for width in shape.widths),
+                *((np.int32, (shape.rows, width)) for width in shape.widths),
                 (np.float32, (rows,)),  # temperatures
                 (np.bool_, (rows,)),  # which token ids are known
-            ):
+            ]
+            for kind, size in kinds:
                 found.append((at, np.dtype(kind), size))
-                at += -(-math.prod(size) * np.dtype(kind).itemsize // 8) * 8
+                at += aligned(math.prod(size) * np.dtype(kind).itemsize)
             found.append((at, np.dtype(np.uint8), ()))
             self._cuts[shape] = found
         return found
@@ -118,7 +120,8 @@ class Decoder:
         most = tuple(g.max_pages(plan.max_model_len, 1, plan.page_size) for g in plan.groups)
         self._inputs = Inputs(Shape(plan.max_num_seqs, tuple(map(_width, most, most))), plan.device)
         self._most = most
-        # Graphs read these for as long as they are, so they are made once and kept.
+        # Graphs read and write these for as long as they are, so they are made once and kept.
+        self._logits = torch.empty(plan.max_num_seqs, plan.model_config.vocab_size, device=plan.device)
         self._rows = torch.arange(plan.max_num_seqs, device=plan.device)
         self._starts = torch.arange(plan.max_num_seqs + 1, dtype=torch.int32, device=plan.device)
         self._recorded: dict[Shape, Run] = {}
@@ -150,12 +153,29 @@ class Decoder:
                 for there, here in zip(self._answers, before, strict=True):
                     there.copy_(here)
 
-            run = self._recorded[shape] = self._record(self._step(shape), again)
+            step = self._step(shape)
+            try:
+                run = self._record(step, again)
+            except (RuntimeError, AssertionError) as e:  # this size goes on kernel by kernel, and says so
+                warnings.warn(f"a step of {shape.rows} rows cannot be recorded, and runs slower: {e}", stacklevel=2)
+                run = step
+                again()
+            self._recorded[shape] = run
         return run()[: len(chunks)]
 
+    def rehearse(self) -> None:
+        """Run a step of every size and every width once, unrecorded: `warm` gathers what they launch."""
+        widths = [tuple(_width(pages, most) for most in self._most) for pages in _widths(max(self._most))]
+        few = {*self._sizes[:3], self._sizes[-1]}  # rows by which the inputs may stand in memory in another way
+        for rows in self._sizes:
+            for wide in widths if rows in few else widths[:1]:
+                self._step(Shape(rows, wide))()
+
     def _step(self, shape: Shape) -> Run:
-        wide, narrow, *tables, heat, known = self._inputs.device(shape)
         rows = shape.rows
+        *parts, heat, known = self._inputs.device(shape)
+        wide, narrow, tables = parts[0][:, :rows], parts[1][:, :rows], parts[2:]
+        heat, known, out = heat[:rows], known[:rows], self._logits[:rows]
         groups = tuple(
             GroupBatch(group, self._plan.page_size, (), (), pages, narrow[1 + g], wide[4 + g])
             for g, (group, pages) in enumerate(zip(self._plan.groups, tables, strict=True))
@@ -166,9 +186,9 @@ class Decoder:
 
         def step() -> Tensor:
             batch.token_ids = torch.where(known, wide[0], tokens[wide[1]])
-            logits = self._model(batch, self._storage)
-            self._plan.ops.pick(logits, heat, wide[3], (tokens[:rows], ok[:rows]))
-            return logits
+            self._model(batch, self._storage, out)
+            self._plan.ops.pick(out, heat, wide[3], (tokens[:rows], ok[:rows]))
+            return out
 
         return step
 
@@ -207,25 +227,35 @@ class Decoder:
 def _width(pages: int, most: int) -> int:
     width = NARROW
     while width < pages:
-        width *= 2
+        width *= 4
     return min(width, most)
 
 
+def _widths(most: int) -> list[int]:
+    """All widths of tables, for a group whose widest has so many pages."""
+    found = [NARROW]
+    while found[-1] < most:
+        found.append(4 * found[-1])
+    return found
+
+
 class CudaGraphs:
-    """Records on the current device. All graphs share their memory, as one runs at a time."""
+    """Records on the current device. Graphs share the memory of what they compute on the way, as one runs at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._side: Any = None  # one stream for all: torch keeps a workspace for each that cuBLAS was used on
 
     def __call__(self, run: Run, again: Callable[[], None]) -> Run:
-        side = torch.cuda.Stream()
+        side = self._side = self._side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are compiled and chosen before anything is recorded
             want = run().clone()
         torch.cuda.current_stream().wait_stream(side)
         again()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may go on with what is forbidden while this one records, such as loading another model.
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             out = run()
         self._pool = graph.pool()
         graph.replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,8 @@ from slipstream.batch import Batch, build_batch, to_device
 from slipstream.cache.storage import Storage
 from slipstream.engine.graphs import Decoder
 from slipstream.layers.transformer import Transformer
-from slipstream.ops.sampling import Row, is_plain
+from slipstream.ops.sampling import Row, is_plain, on_device
+from slipstream.ops.sampling.needs import Asked, Needs, ask
 from slipstream.ops.sampling.reference import streams, token_logprobs
 from slipstream.plan import Plan
 from slipstream.request import UNKNOWN, Chunk, Step, TokenLogprob
@@ -33,10 +35,15 @@ class Flight:
 
     step: Step
     whole: frozenset[int]  # sequences with the logits of all their tokens
-    logits: Tensor
-    plain: bool  # tokens were picked on the device, and the next step can be launched before anybody knows them
+    logits: (
+        Tensor | None
+    )  # None where tokens were picked on the device: the next step can be launched before anybody knows them
     answers: Tensor | None = None  # on the host, once `arrived`: tokens, and whether each is one
     arrived: torch.cuda.Event | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.logits is None
 
 
 class Runner:
@@ -46,19 +53,37 @@ class Runner:
         self.plan, self.model = plan, model
         self.storage = Storage(plan.groups, plan.stored_pages, plan.page_size, plan.dtype, plan.device)
         self.rows: dict[int, Row] = {}
-        self._plain: set[int] = set()
+        self._plain: set[int] = set()  # whose rows `pick` is enough for, once they have min_new_tokens
+        self._needs: dict[int, Needs] = {}  # of those that it was not enough for
         most = plan.max_num_seqs
         self._answers = torch.zeros(9 * most, dtype=torch.uint8, device=plan.device)
         self.answers = _answers(self._answers, most)
         self._sources: dict[int, int] = {}  # whose token of the step before is where
         self.decoder = Decoder(plan, model, self.storage, self.answers) if plan.cuda_graphs else None
+        # All steps run one after the other on a stream of our own, whatever thread or stream the caller is in; and after
+        # what brought the weights and made the buffers.
+        self._stream = torch.cuda.Stream(plan.device) if plan.device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(plan.device))
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> Flight:
-        """Set a step going. On a GPU nothing is waited for."""
+        """Set a step going. On a GPU nothing is waited for, unless a step of this size is still to be recorded."""
+        with torch.inference_mode(), self.on_stream():
+            return self._launch(step)
+
+    def finish(self, flight: Flight) -> StepResult:
+        """Wait for a step, and see what came of it."""
+        with torch.inference_mode(), self.on_stream():
+            return self._finish(flight)
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _launch(self, step: Step) -> Flight:
         for sequence in step.finished:
             self.rows.pop(sequence, None)
             self._plain.discard(sequence)
+            self._needs.pop(sequence, None)
             if self.decoder is not None:
                 self.decoder.forget(sequence)
         for s in step.started:
@@ -67,8 +92,11 @@ class Runner:
                 self._plain.add(s.sequence)
         whole = frozenset(c.sequence for c in step.chunks if self._wants_prompt(c))
         sampled = [c for c in step.chunks if c.sample]
-        plain = self.plan.async_scheduling and not whole and all(map(self._is_plain, sampled))
+        plain = (
+            self.plan.async_scheduling and not whole and all(on_device(self.rows[c.sequence].params) for c in sampled)
+        )
         heat, noise = self._drawing(sampled) if plain or self.decoder else ([], np.zeros(0, np.int64))
+        asked = self._ask(sampled, heat, noise) if plain else None
         if self.decoder is not None and not whole and all(c.sample and len(c.token_ids) == 1 for c in step.chunks):
             sources = [self._sources[c.sequence] if c.token_ids[0] == UNKNOWN else 0 for c in step.chunks]
             logits = self.decoder.run(step.chunks, sources, heat, noise)
@@ -77,7 +105,9 @@ class Runner:
             if plain and sampled:
                 heats, starts = to_device([np.array(heat, np.float32), noise], self.plan.device)
                 self.plan.ops.pick(logits, heats, starts, tuple(t[: len(sampled)] for t in self.answers))
-        flight = Flight(step, whole, logits, plain)
+        if asked is not None:
+            self.plan.ops.draw(logits, asked, self.answers)
+        flight = Flight(step, whole, None if plain else logits)
         self._sources = {c.sequence: i for i, c in enumerate(sampled)} if plain else {}
         if plain and self.plan.device.type == "cuda":
             flight.answers = torch.empty(len(self._answers), dtype=torch.uint8, pin_memory=True)
@@ -88,10 +118,8 @@ class Runner:
             flight.answers = self._answers.cpu().clone()
         return flight
 
-    @torch.inference_mode()
-    def finish(self, flight: Flight) -> StepResult:
-        """Wait for a step, and see what came of it."""
-        if not flight.plain:
+    def _finish(self, flight: Flight) -> StepResult:
+        if flight.logits is not None:
             return self._sample(flight.step, flight.logits.float(), flight.whole)
         if flight.arrived is not None:
             flight.arrived.synchronize()
@@ -109,6 +137,22 @@ class Runner:
         row = self.rows[chunk.sequence]
         forbidden = row.stop_token_ids and chunk.end - len(row.prompt_token_ids) < row.params.min_new_tokens
         return chunk.sequence in self._plain and not forbidden
+
+    def _ask(self, sampled: list[Chunk], heat: list[float], noise: np.ndarray) -> Asked | None:
+        """What is needed by rows that `pick` is not enough for; to it they become greedy, which costs least."""
+        found = [i for i, c in enumerate(sampled) if not self._is_plain(c)]
+        if not found:
+            return None
+        needs, positions, sources = [], [], []
+        for i in found:
+            heat[i], chunk = 0.0, sampled[i]
+            row = self.rows[chunk.sequence]
+            if chunk.sequence not in self._needs:
+                self._needs[chunk.sequence] = Needs(row, self.plan.model_config.vocab_size)
+            needs.append(self._needs[chunk.sequence])
+            positions.append(chunk.end - len(row.prompt_token_ids))
+            sources.append(self._sources[chunk.sequence] if chunk.token_ids[-1] == UNKNOWN else -1)
+        return ask(needs, found, positions, noise[found], sources, self.answers[0])
 
     def _drawing(self, sampled: list[Chunk]) -> tuple[list[float], np.ndarray]:
         """Temperatures, and where the noise of each row starts."""

@@ -53,13 +53,17 @@ class Linear(nn.Module):
         out = torch.cat([kernel(x, packed, None) for kernel, packed in self.parts], -1)
         return out if self.bias is None else out.add_(self.bias)
 
-    def wide(self, x: Tensor) -> Tensor:
-        """In float32 where the kernel can give it: of logits, the best two often are the same number in bfloat16."""
+    def wide(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """In float32 where the kernel can give it: of logits, the best two often are the same number in bfloat16.
+
+        Args:
+            out: (tokens, out) float32, for what the kernel gives in float32.
+        """
         kernel, packed = self.parts[0]
         wide = getattr(kernel, "wide", None)
         if wide is None or len(self.parts) > 1 or self.bias is not None:
             return self(x)
-        found: Tensor = wide(x, packed)
+        found: Tensor = wide(x, packed, out)
         return found
 
 
@@ -83,7 +87,7 @@ class Experts(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.ops, self.gated = ops, gated
+        self.ops, self.gated, self.shape = ops, gated, (num_experts, out_features, in_features)
         self.weight: nn.Parameter | None = _meta(num_experts, out_features, in_features, dtype=ops.dtype)
         self.bias = _meta(num_experts, out_features, dtype=ops.dtype) if bias else None
         self.kernel: LinearKernel | None = None

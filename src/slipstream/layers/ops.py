@@ -39,4 +39,5 @@ class Ops:
     ranks: Alone | Together = field(default_factory=Alone)
     sample: Any = None
     pick: Any = None
+    draw: Any = None
     row_by_row: bool = False

@@ -15,6 +15,7 @@ from slipstream.layers.linear import Embedding, Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
 from slipstream.ops.rope import Turns, inverse_frequencies
+from slipstream.parallel.collectives import Together
 
 
 class Layer(nn.Module):
@@ -82,8 +83,8 @@ class Transformer(nn.Module):
         self.head = Linear(ops, config.hidden_size, config.vocab_size)
         self._frequencies = [inverse_frequencies(rope) for rope in config.ropes]
 
-    def forward(self, batch: Batch, cache: Storage) -> Tensor:
-        """Logits of `batch.logits_rows`, (rows, vocab) float32 where the head can."""
+    def forward(self, batch: Batch, cache: Storage, out: Tensor | None = None) -> Tensor:
+        """Logits of `batch.logits_rows`, (rows, vocab) float32 where the head can; in `out`, float32, if it is given."""
         x = self.embed(batch.token_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
@@ -95,13 +96,13 @@ class Transformer(nn.Module):
         if len(rows) < len(x):  # else they are all of them, in order
             x, delta = x[rows], None if delta is None else delta[rows]
         x = self.norm.add(x, delta)[1]
-        logits = self.ranks.gather(self.head.wide(x))
+        logits = self.ranks.gather(self.head.wide(x, None if isinstance(self.ranks, Together) else out))
         cap = self.config.final_logit_softcapping
-        if cap is None or not len(logits):
-            return logits
-        return torch.cat(
-            [torch.tanh(rows / cap) * cap for rows in logits.float().split(1 if self.row_by_row else len(logits))]
-        )
+        if cap is not None and len(logits):
+            logits = torch.cat(
+                [torch.tanh(rows / cap) * cap for rows in logits.float().split(1 if self.row_by_row else len(logits))]
+            )
+        return logits if out is None or logits.data_ptr() == out.data_ptr() else out.copy_(logits)
 
     def expert_load(self) -> dict[int, Tensor]:
         """For each layer that counts it: how many tokens went to each of all experts since the start, (experts) int64."""

@@ -22,6 +22,7 @@ from slipstream.errors import CapacityError
 from slipstream.hardware import Hardware
 from slipstream.layers.ops import Ops
 from slipstream.layers.transformer import Transformer
+from slipstream.ops import attention
 from slipstream.ops.choose import Choice
 from slipstream.parallel.shares import Ranks
 from slipstream.plan.choices import async_scheduling, cuda_graphs, dtype_name
@@ -148,11 +149,16 @@ def make_plan(
     page_size = choose_page_size(asked, groups, why)
     graphs = cuda_graphs(asked, hardware, laid.choices, why)
     gpu = hardware.device.startswith("cuda")
+    attends = next(c.name for c in laid.choices if c.op == "attention")
 
     def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
         sequences, batched = sizes(asked, hardware, why)
         workspace = workspace_bytes(config, batched, sequences, dtype)
         spare = graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        if any(g.window is None for g in groups):
+            longest = asked.max_model_len or config.max_position_embeddings
+            sums = attention.scratch_bytes(attends, sequences, laid.local.num_heads, config.head_dim, longest)
+            workspace, spare = workspace + sums, spare + graphs * sums
         max_len, num_pages = divide_pages(
             asked,
             groups,
@@ -164,8 +170,10 @@ def make_plan(
             free_bytes=free_bytes,
             gpu=gpu,
             other_bytes=weights + workspace + spare,
-            # Attention wants the keys of a prompt once for each query head, and scores or a mask as numbers.
-            bytes_per_token=(2 * laid.local.num_heads * config.head_dim + batched) * dtype.itemsize,
+            # Where it is not in pages, attention wants the keys of a prompt once for each query head, and scores or a mask.
+            bytes_per_token=0
+            if attends in attention.PAGED
+            else (2 * laid.local.num_heads * config.head_dim + batched) * dtype.itemsize,
             why=why,
         )
         return _Memory(sequences, batched, max_len, num_pages, workspace, spare)

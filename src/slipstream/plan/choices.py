@@ -16,9 +16,16 @@ from slipstream.layers.ops import ExpertsChoice, Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, choose
+from slipstream.ops.tuned import Tuned
 
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
-WAITING = {("moe", "loop"), ("moe", "reference"), ("attention", "sdpa"), ("attention", "reference")}
+WAITING = {
+    ("moe", "loop"),
+    ("moe", "reference"),
+    ("attention", "sdpa"),
+    ("attention", "reference"),
+    ("linear", "reference"),
+}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -46,7 +53,7 @@ def _case(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, **facts: 
 
 
 def choose_ops(
-    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype
+    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype, known: Tuned
 ) -> tuple[list[Choice], Ops]:
     case = _case(asked, hardware, dtype)
     sinks = config.model_type == "gpt_oss"
@@ -59,6 +66,7 @@ def choose_ops(
         "activation": choose("activation", activation.IMPLS, case),
         "sampling": choose("sampling", sampling.IMPLS, case),
         "pick": choose("pick", sampling.PICK, case),
+        "draw": choose("draw", sampling.DRAW, case),
         "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
     }
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
@@ -68,19 +76,20 @@ def choose_ops(
     def kernel(format: str, out_features: int, in_features: int, shared: bool) -> Any:
         key = (format, out_features, in_features, shared)
         if key not in kernels:
-            kernels[key] = _linear(asked, hardware, dtype, *key).fn
+            choice = _linear(asked, hardware, dtype, *key)
+            kernels[key] = known.linear_kernel(choice, dtype_name(dtype), (out_features, in_features))
         return kernels[key]
 
     table = Ops(
         add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
         activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
-        sample=chosen["sampling"].fn, pick=chosen["pick"].fn,
+        sample=chosen["sampling"].fn, pick=chosen["pick"].fn, draw=chosen["draw"].fn,
         row_by_row=asked.batch_invariant and case.device == "cpu",
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]
     if case.device != "cuda" and not asked.async_scheduling:
-        del chosen["pick"]
+        del chosen["pick"], chosen["draw"]
     return list(chosen.values()), table
 
 
@@ -95,8 +104,9 @@ def _linear(
 
 
 def experts_choice(
-    asked: EngineConfig, model: Transformer, table: Ops, loads: tuple[Load, ...], hardware: Hardware, dtype: torch.dtype
-) -> list[Choice]:
+    asked: EngineConfig, model: Transformer, table: Ops, loads: tuple[Load, ...], hardware: Hardware,
+    dtype: torch.dtype, known: Tuned,
+) -> list[Choice]:  # fmt: skip
     layers = [m for m in model.modules() if isinstance(m, MoE)]
     if not layers:
         return []
@@ -106,7 +116,8 @@ def experts_choice(
         sizes={part.local[1:] for part in stacks},
     )  # fmt: skip
     choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
-    table.experts.kernel = choice.fn
+    formats = {part.format for part in stacks if part.local == layers[0].gate_up.shape}
+    table.experts.kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
     return [choice]
 
 
@@ -133,7 +144,7 @@ def cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], 
     """Whether decoding steps are recorded and replayed."""
     if not hardware.device.startswith("cuda"):
         return False
-    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op, c.name) in WAITING]
+    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op.split("[")[0], c.name) in WAITING]
     if asked.enforce_eager:
         why["cuda_graphs"] = "no: enforce_eager was asked for"
     elif waits:

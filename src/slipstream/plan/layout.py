@@ -21,6 +21,7 @@ from slipstream.layers.transformer import Transformer
 from slipstream.models import architecture
 from slipstream.ops.choose import Choice
 from slipstream.ops.formats.blocks import BLOCKS
+from slipstream.ops.tuned import Tuned, tuned
 from slipstream.parallel.collectives import Alone, Together
 from slipstream.parallel.shares import Ranks, Share, Unit, Units, cut_of, local_config, share_of
 from slipstream.plan.choices import choose_dtype, choose_ops, experts_choice, linear_choices
@@ -44,6 +45,7 @@ class Layout:
     local: ModelConfig
     ranks: Ranks
     units: Units
+    known: Tuned
     why: dict[str, str]
 
     @property
@@ -69,7 +71,7 @@ class Layout:
                 self.config, self.ranks, units_of(loads, self.config.head_dim, spread=self.spread), spread=self.spread
             )
             loads = cut_loads(loads, self.config, share, self.ranks)
-        experts_choice(asked, whole, self.ops, loads, self.hardware, self.dtype)
+        experts_choice(asked, whole, self.ops, loads, self.hardware, self.dtype, self.known)
         return sum(held_bytes(item, self.ops) for item in loads)
 
 
@@ -86,7 +88,8 @@ def lay_out(
     dtype = choose_dtype(asked, config, checkpoint, hardware, why)
     if asked.batch_invariant:
         why["batch_invariant"] = "asked for: every op runs in a way that gives a row the same bits in any batch"
-    choices, ops = choose_ops(asked, config, hardware, dtype)
+    known = tuned(hardware.device, hardware.name, why)
+    choices, ops = choose_ops(asked, config, hardware, dtype, known)
     model = home.build(ops, config)
     loads = plan_loads(asked, checkpoint, config, model, home, ops, hardware.device.split(":")[0], why)
     local, units = config, Units()
@@ -107,9 +110,9 @@ def lay_out(
     elif asked.enable_expert_parallel:
         why["enable_expert_parallel"] = "asked for, but one rank has all experts anyway"
     choices += linear_choices(asked, loads, hardware, dtype)
-    choices += experts_choice(asked, model, ops, loads, hardware, dtype)
+    choices += experts_choice(asked, model, ops, loads, hardware, dtype, known)
     return Layout(
-        asked, checkpoint, config, home, hardware, dtype, choices, ops, model, loads, local, ranks, units, why
+        asked, checkpoint, config, home, hardware, dtype, choices, ops, model, loads, local, ranks, units, known, why
     )
 
 

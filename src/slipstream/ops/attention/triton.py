@@ -22,10 +22,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.batch import Batch, GroupBatch
+from slipstream.ops.attention import SPLIT
 from slipstream.ops.chain import chain
 
 LOG2E = math.log2(math.e)
-SPLIT = 512  # keys of a decoding sequence that one program looks at
 WHOLE = 1 << 30  # no splits
 PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
@@ -69,7 +69,8 @@ def attention(
         if batch.decode_only or any(b - a == 1 for a, b in pairwise(batch.query_starts)):
             tops = norms = parts = None
             if most > 1:
-                tops, norms = torch.empty(2, sequences, heads, most, dtype=torch.float32, device=q.device)
+                tops = torch.empty(sequences, heads, most, dtype=torch.float32, device=q.device)
+                norms = torch.empty_like(tops)
                 parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
             layout = tiles(share, width, q.dtype, True, invariant, group.window)
             _attend[sequences * kv_heads, most](

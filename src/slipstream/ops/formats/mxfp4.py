@@ -19,6 +19,8 @@ All else is exact in float32.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -62,14 +64,19 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., in / 32, 16) and (..., in / 32) uint8 -> (..., in) of `dtype`."""
     out = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
     flat, packed, sizes = out.view(-1, BLOCK), blocks.reshape(-1, BLOCK // 2), scales.reshape(-1)
-    values = torch.tensor(VALUES + tuple(-v for v in VALUES), device=blocks.device)
-    # What a byte stands for, low half first, as one number of eight bytes: one look-up finds two values.
-    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), 1).view(torch.int64).view(256)
+    pairs = _pairs(blocks.device)
     step = _CHUNK.get(blocks.device.type, _CHUNK_GPU) // BLOCK
     for at in range(0, flat.shape[0], step):
         part = pairs[packed[at : at + step].int()].view(torch.float32)
         flat[at : at + step] = part.mul_(scale_values(sizes[at : at + step])[:, None])
     return out.flatten(-2)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """What a byte stands for, low half first, as one number of eight bytes: one look-up finds two values."""
+    values = torch.tensor(VALUES + tuple(-v for v in VALUES), device=device)
+    return torch.stack((values.repeat(16), values.repeat_interleave(16)), 1).view(torch.int64).view(256)
 
 
 def scale_values(scales: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 kernel.prepare(weight, dtype) -> tuple of tensors, from a `Weight` of shape (out, in)
 kernel(x, packed, bias) -> (tokens, out); x (tokens, in)
-kernel.wide(x, packed) -> the same in float32, not rounded to the dtype of x: of kernels for CUDA
+kernel.wide(x, packed, out) -> the same in float32, not rounded to the dtype of x, into `out` if it is given: of kernels for CUDA
 kernel.held_bytes(format, shape, dtype, packed) -> bytes, where `prepare` lays out a packed weight in a way of its own, or
 None where it keeps this format as it is; packed is its size before
 

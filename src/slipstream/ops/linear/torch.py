@@ -16,7 +16,9 @@ class Dense:
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         return F.linear(x, packed[0], bias)
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
+    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
         if not x.is_cuda or x.dtype == torch.float32:
-            return F.linear(x, packed[0])
-        return torch.mm(x, packed[0].t(), out_dtype=torch.float32)
+            return torch.mm(x, packed[0].t(), out=out)
+        if out is None:
+            return torch.mm(x, packed[0].t(), torch.float32)
+        return torch.mm(x, packed[0].t(), torch.float32, out=out)

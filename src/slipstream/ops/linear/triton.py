@@ -62,16 +62,17 @@ class Triton:
         """GGUF's blocks are cut, so a weight that is shared with the embedding is there twice."""
         return packed if format in BLOCKS else None
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        return self(x, packed, None, torch.float32)
+    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(len(x), len(packed[0]), dtype=torch.float32, device=x.device)
+        return self(x, packed, None, out)
 
-    def __call__(
-        self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         data, scales, *rest = packed
         offsets = rest[0] if rest else None
         (tokens, width), rows = x.shape, data.shape[0]
-        out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.device)
+        if out is None:
+            out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
         if not tokens:
             return out
         x = x if x.stride(1) == 1 else x.contiguous()

@@ -26,15 +26,16 @@ class TritonDense:
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (weight.data.to(dtype).contiguous(),)
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        return self(x, packed, None, torch.float32)
+    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(len(x), len(packed[0]), dtype=torch.float32, device=x.device)
+        return self(x, packed, None, out)
 
-    def __call__(
-        self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         (tokens, width), rows = x.shape, len(packed[0])
         x = x.contiguous()
-        out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.device)
+        if out is None:
+            out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
         if tokens:
             grid: Any = triton.cdiv(rows, TILE["BLOCK_N"]) * triton.cdiv(tokens, TILE["BLOCK_M"])
             with torch.cuda.device_of(x):  # Triton launches on the current device

@@ -30,29 +30,40 @@ from slipstream.ops.chain import chain
 from slipstream.ops.formats import Weight
 from slipstream.ops.linear.torch import Dense
 
-FEW = 32  # tokens up to which these kernels are used
+FEW = 32  # tokens up to which these kernels are used, if ops/tuned.py does not know better
 ONE = {"BLOCK_N": 8, "BLOCK_K": 1024, "HELD": 2, "num_warps": 4, "maxnreg": 96}  # so that 5 fit on a processor
 SOME = {"BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 2, "num_stages": 4}  # no wgmma, so no step runs into the next
 
 
 class Few(Dense):
-    """The weight stays (out, in), as cuBLAS takes it. Sums are float32."""
+    """The weight stays (out, in), as cuBLAS takes it. Sums are float32.
+
+    Attributes:
+        few: tokens up to which cuBLAS is slower.
+    """
+
+    few = FEW
 
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (weight.data.to(dtype).contiguous(),)
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
-        return self._few(x, packed[0], None, torch.float32) if 0 < len(x) <= FEW else super().wide(x, packed)
+    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+        if not 0 < len(x) <= self.few:
+            return super().wide(x, packed, out)
+        if out is None:
+            out = torch.empty(len(x), len(packed[0]), dtype=torch.float32, device=x.device)
+        return self.own(x, packed[0], None, out)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-        if 0 < len(x) <= FEW:
-            return self._few(x, packed[0], bias, x.dtype)
+        if 0 < len(x) <= self.few:
+            return self.own(x, packed[0], bias)
         return F.linear(x, packed[0], bias)
 
-    def _few(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def own(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """In a kernel of our own, whatever the number of tokens."""
         (tokens, width), rows = x.shape, len(weight)
+        out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device) if out is None else out
         x = x if x.stride(1) == 1 else x.contiguous()
-        out = torch.empty(tokens, rows, dtype=dtype, device=x.device)
         tile = ONE if tokens == 1 else SOME
         grid: Any = (triton.cdiv(rows, tile["BLOCK_N"]),)
         with torch.cuda.device_of(x):  # Triton launches on the current device

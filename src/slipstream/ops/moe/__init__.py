@@ -37,6 +37,7 @@ class ExpertsKernel:
     experts: Callable[..., Tensor]
     prepare: Prepare | None = None
     held_bytes: Callable[[str, tuple[int, ...], torch.dtype], int | None] = _as_packed
+    tunable: bool = False  # `experts` takes `tuned`, what was measured for weights of this shape on this card
 
 
 def _reference() -> ExpertsKernel:
@@ -54,7 +55,7 @@ def _loop() -> ExpertsKernel:
 def _triton() -> ExpertsKernel:
     from slipstream.ops.moe.triton import held_bytes, prepare, stacks
 
-    return ExpertsKernel(stacks, prepare, held_bytes)
+    return ExpertsKernel(stacks, prepare, held_bytes, tunable=True)
 
 
 def _reject_triton(case: Case) -> str | None:

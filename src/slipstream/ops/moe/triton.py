@@ -16,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.errors import KernelError
+from slipstream.ops.chain import chain
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import kernels
+from slipstream.ops.tuned import Experts, Tile
 
 FEW = 8  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
 WIDE = 1024  # pairs up to which each one's answer is float32 before they are added: more cost time there
@@ -34,7 +36,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Measured on an H100 with the sizes of gpt-oss-20b: by how many pairs an expert has on average.
+# Measured on an H100 with the sizes of gpt-oss-20b: by how many pairs an expert has on average. For cards and shapes that
+# ops/tuned.py knows, its choice comes first.
 TABLE = {
     "few": Tiles(True, 8, 2, 16, 2, 3),
     "up to 5": Tiles(True, 8, 2, 8, 2, 4),
@@ -118,9 +121,12 @@ def stacks(
     *,
     kind: str,
     limit: float = 7.0,
+    tuned: Experts | None = None,
 ) -> Tensor:
     """`experts` of two layers that hold what `prepare` gave them; the activation is part of the first product."""
-    return experts(x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit)
+    return experts(
+        x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit, tuned=tuned
+    )
 
 
 def experts(
@@ -134,6 +140,7 @@ def experts(
     *,
     kind: str,  # "swiglu_clamped" or "silu"
     limit: float = 7.0,
+    tuned: Experts | None = None,  # what was measured for these weights on this card
 ) -> Tensor:
     """The weighted sum of each token's experts, like x. x is bfloat16 or float32."""
     (tokens, hidden), top_k, number = x.shape, ids.shape[1], down[0].shape[0]
@@ -144,13 +151,14 @@ def experts(
     x = x if x.stride(1) == 1 and x.stride(0) % 2 == 0 else x.contiguous()
     inner = gate_up[0].shape[1] * 8 if len(gate_up) == 2 else gate_up[0].shape[1] // 2
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        if group := choose_group(pairs, number, x, down):
+        if group := choose_group(pairs, number, x, down, tuned):
             sums, places = _grouped(x, ids, gate_up, gate_up_bias, down, down_bias, inner, group, kind, limit)
         else:
-            sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, kind, limit), None
+            tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2, tuned)
+            sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, kind, limit), None
         size = min(1024, triton.next_power_of_2(hidden))
         kernels.add[(tokens, triton.cdiv(hidden, size))](
-            sums, ids, weights, places, out, hidden, pairs, top_k, len(sums), size, **_chain(x.device)
+            sums, ids, weights, places, out, hidden, pairs, top_k, len(sums), size, **chain(x.device)
         )
     return out
 
@@ -163,12 +171,12 @@ def _tiled(
     down: tuple[Tensor, ...],
     down_bias: Tensor | None,
     inner: int,
+    tiles: Tiles,
     kind: str,
     limit: float,
 ) -> Tensor:
     """Each pair's answer, maybe in parts: (parts, pairs, hidden)."""
     hidden, pairs, top_k, number = x.shape[1], ids.numel(), ids.shape[1], down[0].shape[0]
-    tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2)
     parts = choose_parts(pairs, hidden // 16, inner // 32, tiles, x.device)
     between = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     wide = torch.float32 if pairs <= WIDE else x.dtype
@@ -206,7 +214,7 @@ def _grouped(
     between = torch.empty(room, inner, dtype=x.dtype, device=device)
     kernels.gather[(tokens,)](
         x.view(torch.int32), places, sorted.view(torch.int32), x.stride(0) // 2, hidden // 2,
-        top_k, triton.next_power_of_2(hidden // 2), **_chain(device),
+        top_k, triton.next_power_of_2(hidden // 2), **chain(device),
     )  # fmt: skip
     product(sorted, gate_up, gate_up_bias, experts, between, size, kind, limit, _processors(device))
     product(between, down, down_bias, experts, sorted, size, None, limit, _processors(device))
@@ -224,7 +232,7 @@ def _schedule(ids: Tensor, number: int, size: int, *, sort: bool = False) -> tup
     kernels.schedule[(number,)](
         ids, tiles, found, pairs, most,
         BINS=triton.next_power_of_2(number + 1), BLOCK_M=size, SORT=sort, SIZE=min(4096, triton.next_power_of_2(pairs)),
-        num_warps=8 if pairs > 1024 else 4, **_chain(ids.device),
+        num_warps=8 if pairs > 1024 else 4, **chain(ids.device),
     )  # fmt: skip
     return tiles, found
 
@@ -250,7 +258,7 @@ def _product(
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
         MIXED=_mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
         PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None else 0,
-        num_warps=tiles.warps, num_stages=tiles.stages, **_chain(x.device),
+        num_warps=tiles.warps, num_stages=tiles.stages, **chain(x.device),
     )  # fmt: skip
 
 
@@ -259,10 +267,14 @@ def _mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
     return len(stack) == 2 and tiles.left and tiles.warps >= 4
 
 
-def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool) -> Tiles:
+def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool, tuned: Experts | None = None) -> Tiles:
     if dtype != torch.bfloat16:
         return TABLE["float32"]
     each = pairs / number
+    if tuned is not None and packed:
+        choice = tuned.few if pairs <= FEW else tuned.choose(each)
+        if isinstance(choice, Tile):  # else it is for cards with a grouped product
+            return Tiles(True, *choice)
     if pairs <= FEW or (each <= 5 and not packed):
         return TABLE["few" if packed else "few, dense"]
     for most in (5, 12, 40, 96):
@@ -271,11 +283,14 @@ def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool) -> T
     return TABLE["more" if packed else "more, dense"]
 
 
-def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...]) -> int:
+def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], tuned: Experts | None = None) -> int:
     """The pairs in a tile of the grouped product, or 0: tiles are faster, or it cannot be had. Measured as above."""
-    if x.dtype != torch.bfloat16 or len(down) != 2 or not _chain(x.device)["CHAIN"]:
+    if x.dtype != torch.bfloat16 or len(down) != 2 or not _hopper(x.device):
         return 0
     each = pairs / number
+    if tuned is not None:
+        choice = tuned.few if pairs <= FEW else tuned.choose(each)
+        return 0 if isinstance(choice, Tile) else choice.group
     return 0 if each <= 24 else 64 if each <= 48 else 128
 
 
@@ -293,7 +308,6 @@ def _processors(device: torch.device) -> int:
 
 
 @cache
-def _chain(device: torch.device) -> dict[str, bool]:
-    """Whether a kernel may start before the one before it has ended."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return {"CHAIN": hopper, "launch_pdl": hopper}
+def _hopper(device: torch.device) -> bool:
+    """Whether it has the instructions of the grouped product."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

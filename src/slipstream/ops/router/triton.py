@@ -71,7 +71,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _part(  # type: ignore[no-untyped-def]
     x, weight, out, x_stride, w_stride, tokens, experts, hidden,
     STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -4,8 +4,9 @@ An implementation is `sample(logits, rows) -> list[int | None]`: `logits` is (ro
 `rows` holds one `Row` each. None means "this row has no token to give": its logits hold NaN or +inf, or nothing is
 left above -inf. The caller ends that request alone; the other rows are not touched by it.
 
-`PICK` are implementations of what decoding needs most, without waiting for the device: pick(logits, temperature, starts, out)
--> tokens int64, ok bool, for rows with nothing but a temperature (`is_plain`); `reference.py` says more.
+What decoding needs is there without waiting for the device too. `PICK`: pick(logits, temperature, starts, out) -> tokens int64,
+ok bool, for rows with nothing but a temperature (`is_plain`). `DRAW`: draw(logits, asked, out), for rows with filters, penalties,
+bias or forbidden tokens (`on_device`); `needs.py` has what it is asked. `reference.py` says more.
 
 The draw of a row depends on its logits, its seed and its position, never on what runs beside it.
 """
@@ -41,6 +42,7 @@ class Row:
 
 Sample = Callable[["torch.Tensor", Sequence[Row]], "list[int | None]"]
 Pick = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
+Draw = Callable[..., None]
 
 
 def is_plain(params: SamplingParams) -> bool:
@@ -49,6 +51,17 @@ def is_plain(params: SamplingParams) -> bool:
     changed = p.logit_bias or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
     filtered = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0 or p.typical_p < 1)
     return not changed and not filtered and p.logprobs is None
+
+
+def on_device(params: SamplingParams) -> bool:
+    """Whether `pick` or `draw` can give a row all it needs."""
+    return params.typical_p == 1 and params.logprobs is None
+
+
+def _load_triton() -> Sample:
+    from slipstream.ops.sampling.triton import sample
+
+    return sample
 
 
 def _load_torch() -> Sample:
@@ -75,6 +88,18 @@ def _load_pick_reference() -> Pick:
     return pick
 
 
+def _load_draw_triton() -> Draw:
+    from slipstream.ops.sampling.triton import draw
+
+    return draw
+
+
+def _load_draw_reference() -> Draw:
+    from slipstream.ops.sampling.reference import draw
+
+    return draw
+
+
 def _reject_torch(case: Case) -> str | None:
     if case.batch_invariant and case.device == "cpu":
         return "the last bit of an exponential of many rows depends on the place of a number"
@@ -86,7 +111,9 @@ def _runs_anywhere(case: Case) -> str | None:
 
 
 IMPLS = (
+    Impl("triton", _load_triton, needs_triton),
     Impl("torch", _load_torch, _reject_torch),
     Impl("reference", _load_reference, _runs_anywhere),
 )
 PICK = (Impl("triton", _load_pick_triton, needs_triton), Impl("reference", _load_pick_reference, _runs_anywhere))
+DRAW = (Impl("triton", _load_draw_triton, needs_triton), Impl("reference", _load_draw_reference, _runs_anywhere))

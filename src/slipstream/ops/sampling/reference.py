@@ -15,6 +15,7 @@ import torch
 
 from slipstream.errors import RequestError
 from slipstream.ops.sampling import Row
+from slipstream.ops.sampling.needs import FORBIDDEN, IN_PROMPT, Asked
 from slipstream.request import TokenLogprob
 
 _MASK = 2**64 - 1
@@ -38,17 +39,20 @@ def _sample_row(x: torch.Tensor, row: Row) -> int | None:  # (vocab,)
         return None
     if p.greedy:
         return int(x.argmax())
-    x = (x - x.max()) / x.new_tensor(p.temperature)  # the maximum is taken off first: no temperature overflows
-    if p.top_k:
-        x = x.masked_fill(~top_k(x, p.top_k), -math.inf)
-    if p.top_p < 1:
-        x = x.masked_fill(~top_p(x, p.top_p, weights(x).sum()), -math.inf)
-    if p.min_p > 0:
-        x = x.masked_fill(~min_p(x, p.min_p), -math.inf)
+    x = filtered(cooled(x, p.temperature), p.top_k, p.top_p, p.min_p)
     if p.typical_p < 1:
         x = x.masked_fill(~typical_p(x, p.typical_p), -math.inf)
-    # A race: of waiting times with rates w, the first to end is token t with probability w[t] / w.sum().
-    return int((x.exp() / waits([row], torch.arange(len(x), device=x.device))[0]).argmax())
+    return race(x, waits([row], torch.arange(len(x), device=x.device))[0])
+
+
+def cooled(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The maximum is taken off first: no temperature overflows."""
+    return (x - x.max()) / x.new_tensor(temperature)
+
+
+def race(x: torch.Tensor, wait: torch.Tensor) -> int:
+    """Of waiting times with rates w, the first to end is token t with probability w[t] / w.sum()."""
+    return int((x.exp() / wait).argmax())
 
 
 def change_logits(x: torch.Tensor, row: Row) -> torch.Tensor:  # (vocab,), changed in place
@@ -76,6 +80,17 @@ def _ids(tokens: Iterable[int], like: torch.Tensor) -> torch.Tensor:
 
 # Each filter takes logits of shape (tokens,) after temperature, the largest of them 0 and any of them maybe -inf, and
 # gives the mask of the tokens to keep. The best one is always kept (by typical_p: the most typical one).
+
+
+def filtered(x: torch.Tensor, k: int, mass: float, share: float) -> torch.Tensor:
+    """Logits with -inf for what top_k, top_p and min_p drop, one after the other."""
+    if k:
+        x = x.masked_fill(~top_k(x, k), -math.inf)
+    if mass < 1:
+        x = x.masked_fill(~top_p(x, mass, weights(x).sum()), -math.inf)
+    if share > 0:
+        x = x.masked_fill(~min_p(x, share), -math.inf)
+    return x
 
 
 def top_k(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -170,6 +185,47 @@ def pick(
     for there, here in zip(out, found, strict=True):
         there.copy_(here)
     return out
+
+
+def draw(logits: torch.Tensor, asked: Asked, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """`sample` for the rows that are asked for, which may need anything but typical_p, into the same rows of `out`.
+
+    Gives what `pick` gives. Other implementations wait for no device.
+    """
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    waits = noise(asked.starts, ids)
+    for i, (row, k, numbers) in enumerate(
+        zip(asked.rows.tolist(), asked.top_k.tolist(), asked.numbers.T.tolist(), strict=True)
+    ):
+        temperature, mass, share, *penalties = numbers
+        x, token = logits[row].float(), None
+        if math.isfinite(x.max().item()):
+            x = _changed(x, asked, i, *penalties)
+            if temperature == 0:
+                token = int(x.argmax())
+            else:
+                token = race(filtered(cooled(x, temperature), k, mass, share), waits[i])
+            token = None if x.max().item() == -math.inf else token
+        out[0][row], out[1][row] = token or 0, token is not None
+
+
+def _changed(x: torch.Tensor, asked: Asked, i: int, *penalties: float) -> torch.Tensor:
+    """`change_logits` by the entries of row i."""
+    repetition, presence, frequency = penalties
+    start, end = asked.bounds[i : i + 2].tolist()
+    tokens, marks = asked.tokens[start:end].long(), asked.marks[start:end]
+    counts = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    counts[tokens] = (marks & (IN_PROMPT - 1)).long()
+    newest = int(asked.newest[i])
+    if newest >= 0:
+        counts[newest] += 1
+    x = x.index_add(0, tokens, asked.bias[start:end])
+    seen = counts > 0
+    seen[tokens] |= (marks & IN_PROMPT) > 0
+    x = torch.where(seen, torch.where(x < 0, x * repetition, x / repetition), x)
+    x -= presence * (counts > 0) + frequency * counts
+    x[tokens[(marks & FORBIDDEN) > 0]] = -math.inf
+    return x
 
 
 def streams(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:

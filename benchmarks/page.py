@@ -1,7 +1,7 @@
 """Writes the tables of docs/numbers.md from benchmarks/results/*.jsonl: the last record of each claim, and nothing else.
 
-python benchmarks/numbers.py            # after recording
-python benchmarks/numbers.py --check    # only says whether the page agrees with the records
+python benchmarks/page.py            # after recording
+python benchmarks/page.py --check    # only says whether the page agrees with the records
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS = ROOT / "docs/numbers.md", ROOT / "benchmarks/results"
-BEGIN, END = "<!-- {}: made by benchmarks/numbers.py -->", "<!-- end of {} -->"
+BEGIN, END = "<!-- {}: made by benchmarks/page.py -->", "<!-- end of {} -->"
 Record = dict[str, Any]
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     new = filled(page, last_records())
     if asked.check and new != page:
-        raise SystemExit("docs/numbers.md is not what the records say; run python benchmarks/numbers.py")
+        raise SystemExit("docs/numbers.md is not what the records say; run python benchmarks/page.py")
     PAGE.write_text(new, encoding="utf-8")
 
 
