@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slipstream.ops.choose import Case, Impl, needs_triton
+from slipstream.ops.choose import Case, Impl, needs_triton, stands_in
 from slipstream.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -89,4 +89,8 @@ IMPLS = (
     Impl("torch", _load_torch, _reject_torch),
     Impl("reference", _load_reference, _runs_anywhere),
 )
-PICK = (Impl("triton", _load_pick_triton, needs_triton), Impl("reference", _load_pick_reference, _runs_anywhere))
+PICK = (
+    Impl("triton", _load_pick_triton, needs_triton),
+    Impl("torch", _load_pick_reference, stands_in),
+    Impl("reference", _load_pick_reference, _runs_anywhere),
+)
