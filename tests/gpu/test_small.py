@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from slipstream.ops.activation.triton import activation
 from slipstream.ops.attention.triton import attention
 from slipstream.ops.attention_input.triton import attention_input

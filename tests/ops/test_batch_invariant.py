@@ -207,6 +207,7 @@ def test_normal_implementations_say_why_not(op: Any, device: str) -> None:
             (norm, "reference"),
             (norm, "triton"),
             (activation, "triton"),
+            (activation, "torch"),
             (activation, "reference"),
         )
         assert fine or impl.reject(case), impl.name

@@ -48,6 +48,11 @@ def only_invariant(case: Case) -> str | None:
     return None if case.batch_invariant else "is slower, so it runs only with batch_invariant"
 
 
+def stands_in(case: Case) -> str | None:
+    """Reject: of an entry that runs the reference's plain torch on CUDA, for machines that have no Triton."""
+    return None if case.device == "cuda" else "is for CUDA without Triton; here the same is called reference"
+
+
 def needs_triton(case: Case) -> str | None:
     """Why a Triton kernel of no other demands cannot run. Loads and stores of bfloat16 work on every such card."""
     if case.device != "cuda":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant
+from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant, stands_in
 
 
 def _reference() -> Any:
@@ -48,5 +48,6 @@ def _reject_reference(case: Case) -> str | None:
 IMPLS = (
     Impl("native_invariant", _native, _reject_native),
     Impl("triton", _triton, needs_triton),
+    Impl("torch", _reference, stands_in),
     Impl("reference", _reference, _reject_reference),
 )

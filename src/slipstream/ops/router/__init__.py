@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant
+from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant, stands_in
 
 
 def _reference() -> Any:
@@ -49,5 +49,6 @@ def _always(case: Case) -> str | None:
 IMPLS = (
     Impl("triton", _triton, _reject_triton),
     Impl("triton_invariant", _triton_invariant, _reject_triton_invariant, only_invariant),
+    Impl("torch", _reference, stands_in),
     Impl("reference", _reference, _always),
 )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from slipstream.ops.choose import Case, Impl, needs_triton
+from slipstream.ops.choose import Case, Impl, needs_triton, stands_in
 from slipstream.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -115,5 +115,13 @@ IMPLS = (
     Impl("torch", _load_torch, _reject_torch),
     Impl("reference", _load_reference, _runs_anywhere),
 )
-PICK = (Impl("triton", _load_pick_triton, needs_triton), Impl("reference", _load_pick_reference, _runs_anywhere))
-DRAW = (Impl("triton", _load_draw_triton, needs_triton), Impl("reference", _load_draw_reference, _runs_anywhere))
+PICK = (
+    Impl("triton", _load_pick_triton, needs_triton),
+    Impl("torch", _load_pick_reference, stands_in),
+    Impl("reference", _load_pick_reference, _runs_anywhere),
+)
+DRAW = (
+    Impl("triton", _load_draw_triton, needs_triton),
+    Impl("torch", _load_draw_reference, stands_in),
+    Impl("reference", _load_draw_reference, _runs_anywhere),
+)
