@@ -177,7 +177,7 @@ def build_batch(
     )
 
 
-DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32}
+DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32, "b1": torch.bool}  # by numpy's names
 
 
 def aligned(nbytes: int) -> int:
