@@ -177,7 +177,8 @@ def build_batch(
     )
 
 
-DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32, "f8": torch.float64}
+# By numpy's names.
+DTYPES = {"i8": torch.int64, "i4": torch.int32, "f4": torch.float32, "f8": torch.float64, "b1": torch.bool}
 
 
 def aligned(nbytes: int) -> int:

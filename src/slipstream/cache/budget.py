@@ -98,7 +98,7 @@ def divide_pages(
                 f"one request of max_model_len={longest} tokens needs {size_text(one(longest))} for keys and values, "
                 f"but {size_text(budget)} are left for them"
             )
-        fits = _largest(longest, lambda length: one(length) <= budget)
+        fits = largest(longest, lambda length: one(length) <= budget)
         if fits < 2:
             raise CapacityError(f"{size_text(budget)} for keys and values hold no two tokens")
         why["max_model_len"] = (
@@ -117,7 +117,7 @@ def divide_pages(
     def part(of_million: int) -> list[int]:
         return [max(a, m * of_million // 1_000_000) for a, m in zip(least, most, strict=True)]
 
-    pages = part(_largest(1_000_000, lambda k: cost(part(k)) <= budget))
+    pages = part(largest(1_000_000, lambda k: cost(part(k)) <= budget))
     if cost(pages) + other_bytes > free_bytes:
         raise CapacityError(
             f"{size_text(cost(pages))} of keys and values do not fit beside the {size_text(other_bytes)} of weights and "
@@ -150,7 +150,7 @@ def _budget(asked: EngineConfig, one: int, free_bytes: int, gpu: bool, other_byt
     return budget
 
 
-def _largest(high: int, fits: Callable[[int], bool]) -> int:
+def largest(high: int, fits: Callable[[int], bool]) -> int:
     """The largest number from 0 to `high` that fits; whatever is below one that fits does too."""
     low = 0
     while low < high:

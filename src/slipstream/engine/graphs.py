@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.batch import Batch, GroupBatch, aligned
+from slipstream.batch import DTYPES, Batch, GroupBatch, aligned
 from slipstream.cache.storage import Storage
 from slipstream.layers.transformer import Transformer
 from slipstream.plan import Plan
@@ -86,11 +86,9 @@ class Inputs:
         return buffer, [whole[at : at + count].view(kind).reshape(size) for at, kind, size, count in sizes]
 
     def device(self, shape: Shape) -> list[Tensor]:
-        parts = self._cut(shape)[:-1]
-        dtypes = (torch.int64, *(torch.int32 for _ in parts[1:-2]), torch.float32, torch.bool)
         return [
-            self.buffer[at : at + math.prod(size) * kind.itemsize].view(dtype).view(size)
-            for (at, kind, size), dtype in zip(parts, dtypes, strict=True)
+            self.buffer[at : at + math.prod(size) * kind.itemsize].view(DTYPES[kind.str[1:]]).view(size)
+            for at, kind, size in self._cut(shape)[:-1]
         ]
 
     def send(self, buffer: Tensor) -> None:

@@ -156,14 +156,10 @@ def cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], 
 
 def async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:
     """Whether a step is launched before the one before it is looked at."""
+    if asked.async_scheduling is not None:
+        why["async_scheduling"] = "asked for"
+        return asked.async_scheduling
     gpu = hardware.device.startswith("cuda")
-    why["async_scheduling"] = (
-        "asked for"
-        if asked.async_scheduling is not None
-        else (
-            "while the GPU runs a step, the next one is made"
-            if gpu
-            else "on a CPU the next step would wait for the same cores"
-        )
-    )
-    return gpu if asked.async_scheduling is None else asked.async_scheduling
+    reasons = "on a CPU the next step would wait for the same cores", "while the GPU runs a step, the next one is made"
+    why["async_scheduling"] = reasons[gpu]
+    return gpu

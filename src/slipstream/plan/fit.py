@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slipstream.cache.budget import size_text
+from slipstream.cache.budget import largest, size_text
 from slipstream.config import EngineConfig
 from slipstream.errors import CapacityError, ConfigError, KernelError
 from slipstream.ops.formats import MADE
@@ -70,11 +70,11 @@ class Fit:
         """Bytes by which what is free falls short; None where no memory would help."""
         if not self._fits(weights, ANY, **changes):
             return None
-        low, high = self.free_bytes, ANY
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._fits(weights, middle, **changes) else (middle + 1, high)
-        return low - self.free_bytes
+        if self._fits(weights, **changes):
+            return 0
+        return 1 + largest(
+            ANY - self.free_bytes, lambda more: not self._fits(weights, self.free_bytes + more, **changes)
+        )
 
     def _ways(self) -> Iterator[str]:
         """Options that do, each by itself."""
@@ -92,12 +92,9 @@ class Fit:
             more = range(int(asked.gpu_memory_utilization * 100) + 1, (MOST_SHARE if self.gpu else 50) + 1)
             yield from self._first("gpu_memory_utilization", (n / 100 for n in more))
         if asked.max_model_len is not None:
-            low, high = 0, asked.max_model_len
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if self._fits(max_model_len=middle) else (low, middle - 1)
-            if low > 1:
-                yield f"max_model_len={low}"
+            longest = largest(asked.max_model_len, lambda length: self._fits(max_model_len=length))
+            if longest > 1:
+                yield f"max_model_len={longest}"
 
     def _first(self, name: str, values: Iterable[Any]) -> Iterator[str]:
         value = next((v for v in values if self._fits(None, None, **{name: v})), None)

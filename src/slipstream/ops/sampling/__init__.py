@@ -45,12 +45,19 @@ Pick = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
 Draw = Callable[..., None]
 
 
-def is_plain(params: SamplingParams) -> bool:
+def changes(p: SamplingParams) -> bool:
+    """Whether a bias or a penalty comes before temperature."""
+    return bool(p.logit_bias or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
+
+
+def filters(p: SamplingParams) -> bool:
+    """Whether some tokens are left out of the draw."""
+    return not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0 or p.typical_p < 1)
+
+
+def is_plain(p: SamplingParams) -> bool:
     """Whether a row needs nothing but its temperature, once it has min_new_tokens: no filter, no history, nothing told of it."""
-    p = params
-    changed = p.logit_bias or p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-    filtered = not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0 or p.typical_p < 1)
-    return not changed and not filtered and p.logprobs is None
+    return not changes(p) and not filters(p) and p.logprobs is None
 
 
 def on_device(params: SamplingParams) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slipstream.ops.sampling import Row
+from slipstream.ops.sampling import Row, changes, filters
 from slipstream.ops.sampling import reference as ref
 
 # Noise is made for so many logits at once: enough to fill a GPU, and 32 MB for each 8-byte temporary.
@@ -29,7 +29,7 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:  # (r
     for i, (row, finite) in enumerate(zip(rows, peaks.isfinite().tolist(), strict=True)):
         if not finite:
             continue
-        if _changes(row) or (_filters(row) and not row.params.greedy):
+        if _changes(row) or filters(row.params):
             tokens[i] = _sample_row(logits[i], row)
         else:
             (greedy if row.params.greedy else drawn).append(i)
@@ -55,14 +55,7 @@ def _put(tokens: list[int | None], indices: list[int], values: torch.Tensor) -> 
 
 def _changes(row: Row) -> bool:
     """Whether anything comes before temperature."""
-    p = row.params
-    penalties = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-    return bool(p.logit_bias or penalties or (row.stop_token_ids and row.position < p.min_new_tokens))
-
-
-def _filters(row: Row) -> bool:
-    p = row.params
-    return p.top_k > 0 or p.top_p < 1 or p.min_p > 0 or p.typical_p < 1
+    return changes(row.params) or bool(row.stop_token_ids and row.position < row.params.min_new_tokens)
 
 
 def _sample_row(x: torch.Tensor, row: Row) -> int | None:  # (vocab,)
