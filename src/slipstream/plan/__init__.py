@@ -29,7 +29,7 @@ from slipstream.ops import activation, attention, attention_input, linear, moe, 
 from slipstream.ops.choose import Case, Choice, choose
 from slipstream.ops.tuned import Tuned, tuned
 from slipstream.plan.fit import Fit
-from slipstream.plan.memory import Memory, graphs_bytes, sizes, workspace_bytes
+from slipstream.plan.memory import Memory, cublas_bytes, graphs_bytes, sizes, workspace_bytes
 from slipstream.plan.weights import held_bytes, plan_loads
 
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
@@ -161,6 +161,9 @@ def make_plan(asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelCo
         sequences, batched = sizes(asked, hardware, why)
         workspace = workspace_bytes(config, batched, sequences, dtype)
         recorded = graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        if gpu:  # a stream for steps, and one on which they are recorded
+            product = cublas_bytes(hardware.capability)
+            workspace, recorded = workspace + product, recorded + graphs * product
         if any(g.window is None for g in groups):
             longest = asked.max_model_len or config.max_position_embeddings
             sums = attention.scratch_bytes(attends, sequences, config.num_heads, config.head_dim, longest)

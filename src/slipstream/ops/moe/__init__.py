@@ -46,7 +46,8 @@ def _loop() -> ExpertsKernel:
 
 
 def _triton() -> ExpertsKernel:
-    from slipstream.ops.moe.triton import prepare, stacks
+    from slipstream.ops.moe.layout import prepare
+    from slipstream.ops.moe.triton import stacks
 
     return ExpertsKernel(stacks, prepare, tunable=True)
 
