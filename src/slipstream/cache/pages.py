@@ -110,6 +110,10 @@ class Pages:
             pool.give(table.pages[:dead])
             table.change(dead, ())
 
+    def begins_with(self, name: bytes) -> bool:
+        """Whether a first page of this name is there, in the groups that see it for ever."""
+        return all(p.find(name) is not None for g, p in zip(self.groups, self.pools, strict=True) if g.window is None)
+
     def known(self, names: Sequence[bytes]) -> int:
         """Pages at the beginning that need not be computed: for the next token, every group has what it sees.
 
