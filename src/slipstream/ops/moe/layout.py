@@ -48,7 +48,8 @@ def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple
     number, rows, width = weight.shape
     if weight.format not in ("dense", "mxfp4") or rows % 16 or width % 32:
         raise KernelError(
-            f"moe[triton]: takes dense and mxfp4 experts of 16 n rows by 32 n inputs, not {weight.format} {rows} x {width}"
+            f"slabs hold floats and mxfp4 of 16 n rows by 32 n inputs, not {weight.format} {rows} x {width}; choose another "
+            "implementation of moe"
         )
     if weight.scales is None:
         data = weight.data.to(dtype).contiguous()
@@ -57,7 +58,10 @@ def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple
                 one.copy_(_slabs(one, gated).reshape(rows, width).clone())
         return (data,)
     if ((weight.scales > 128) & (weight.scales != 255)).any():
-        raise KernelError("moe[triton]: an mxfp4 scale is above 2; choose another implementation of moe")
+        raise KernelError(
+            "an mxfp4 scale is above 2, for which the layout of slabs has no room; choose other implementations than "
+            "moe[triton] and linear[triton_slabs]: moe_implementation='loop', linear_implementation='triton'"
+        )
     blocks = width // 32
     data, scales = weight.data.view(number, rows, blocks, 16), weight.scales.view(number, rows, blocks)
     if blocks % 2:  # in twos

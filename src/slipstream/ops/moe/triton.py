@@ -120,10 +120,10 @@ def _tiled(
     if pairs > FEW:
         found, order = _schedule(ids, number, tiles.pairs)
         schedule = found[:-1], order
-    if _mixed(tiles, down):
+    if mixed(tiles, down):
         x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
-    _product(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
-    _product(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
+    run_tiles(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
+    run_tiles(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
     return sums
 
 
@@ -151,8 +151,8 @@ def _grouped(
         x.view(torch.int32), places, sorted.view(torch.int32), x.stride(0) // 2, hidden // 2,
         top_k, triton.next_power_of_2(hidden // 2), **chain(device),
     )  # fmt: skip
-    product(sorted, gate_up, gate_up_bias, experts, between, size, kind, limit, _processors(device))
-    product(between, down, down_bias, experts, sorted, size, None, limit, _processors(device))
+    product(sorted, gate_up, gate_up_bias, experts, between, size, kind, limit, processors(device))
+    product(between, down, down_bias, experts, sorted, size, None, limit, processors(device))
     return sorted[None], places
 
 
@@ -172,7 +172,7 @@ def _schedule(ids: Tensor, number: int, size: int, *, sort: bool = False) -> tup
     return tiles, found
 
 
-def _product(
+def run_tiles(
     x: Tensor,
     stack: tuple[Tensor, ...],
     bias: Tensor | None,
@@ -191,13 +191,13 @@ def _product(
         x, data, scales, bias, *schedule, out, x.stride(0), slabs, blocks, x.shape[1], pairs, share, steps, limit,
         KIND=kind, LEFT=tiles.left, BLOCK_M=tiles.pairs, SLABS=tiles.slabs, BLOCKS=tiles.blocks,
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
-        MIXED=_mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
+        MIXED=mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
         PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None else 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **chain(x.device),
     )  # fmt: skip
 
 
-def _mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
+def mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
     """Whether the inputs stand in the order in which a warpgroup's tensor cores find them, as kernels.py says."""
     return len(stack) == 2 and tiles.left and tiles.warps >= 4
 
@@ -234,11 +234,11 @@ def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torc
     if pairs > FEW:
         return 1
     programs = triton.cdiv(slabs, tiles.slabs) * pairs
-    return max(1, min(6 * _processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
+    return max(1, min(6 * processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
