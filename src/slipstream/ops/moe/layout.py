@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.errors import KernelError
+from slipstream.ops.chain import hashing
 from slipstream.ops.formats import Weight
 
 # Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
@@ -105,6 +106,7 @@ def laid_out_on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor
     experts, rows, blocks, _ = codes.shape
     words = torch.empty(experts * rows * blocks * 4, dtype=torch.int32, device=codes.device)
     factors = torch.empty(scales.numel(), dtype=torch.uint8, device=codes.device)
+    hashing().join()
     size = 1024
     grid: Any = (triton.cdiv(rows * blocks * 4, size), experts)
     with torch.cuda.device_of(codes):  # Triton launches on the current device
