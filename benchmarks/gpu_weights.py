@@ -75,9 +75,10 @@ def write(folder: Path, size: str, device: str, *, sure: bool = False) -> int:
         signs = group_signs(n // c["num_experts_per_tok"])  # (groups, inputs)
         router *= 0.15
         router[:, : signs.shape[1]] = 0.25 * signs.repeat_interleave(c["num_experts_per_tok"], 0)
-        down[1].sub_(6)  # a layer adds a little to what there is, as trained ones do
+        down[1].sub_(6)
         embedding = torch.randn(embedding.shape).bfloat16()
         embedding[:, : signs.shape[1]] = 4 * signs[torch.arange(len(embedding)) % len(signs)]
+        embedding *= 8  # a layer adds a little to what there is, as trained ones do
     layer = {
         "input_layernorm.weight": torch.ones(hidden).bfloat16(),
         "post_attention_layernorm.weight": torch.ones(hidden).bfloat16(),
@@ -95,7 +96,7 @@ def write(folder: Path, size: str, device: str, *, sure: bool = False) -> int:
     shards = [{f"model.layers.{i}.{k}": v for k, v in layer.items()} for i in range(c["num_hidden_layers"])]
     ends = {"model.embed_tokens.weight": embedding, "lm_head.weight": floats(c["vocab_size"], hidden)}
     if sure:
-        ends["lm_head.weight"] += 32 / hidden * embedding.roll(1, 0)  # knows a successor of every token
+        ends["lm_head.weight"] += 2 / hidden * embedding.roll(1, 0)  # knows a successor of every token
     shards.append({**ends, "model.norm.weight": torch.ones(hidden).bfloat16()})
     index = {}
     for i, shard in enumerate(shards):
