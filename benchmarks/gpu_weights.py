@@ -42,8 +42,15 @@ def config(size: str) -> dict[str, Any]:
     return json.loads(published.read_text()) | (TINY if size == "tiny" else {})
 
 
-def write(folder: Path, size: str, device: str) -> int:
-    """The checkpoint, one shard a layer. Every layer has the same random numbers: they count for nothing here."""
+def write(folder: Path, size: str, device: str, *, sure: bool = False) -> int:
+    """The checkpoint, one shard a layer. Every layer has the same random numbers: they count for nothing here.
+
+    Args:
+        sure: the routers are as sure as trained ones. Random ones often have two experts so close that rounding decides
+            which of them is the last to be picked, and its answer is another one altogether. Here the experts are in groups
+            of as many as are picked, and the signs of a token's first inputs say which group is picked; within it, who has
+            which share is random.
+    """
     c = config(size)
     hidden, inner, heads, kv = (
         c["hidden_size"],
@@ -63,6 +70,15 @@ def write(folder: Path, size: str, device: str) -> int:
         return blocks.cpu(), scales.cpu()
 
     gate_up, down = stack(2 * inner, hidden), stack(hidden, inner)
+    router, embedding = floats(n, hidden), floats(c["vocab_size"], hidden)
+    if sure:
+        signs = group_signs(n // c["num_experts_per_tok"])  # (groups, inputs)
+        router *= 0.15
+        router[:, : signs.shape[1]] = 0.25 * signs.repeat_interleave(c["num_experts_per_tok"], 0)
+        down[1].sub_(6)
+        embedding = torch.randn(embedding.shape).bfloat16()
+        embedding[:, : signs.shape[1]] = 4 * signs[torch.arange(len(embedding)) % len(signs)]
+        embedding *= 8  # a layer adds a little to what there is, as trained ones do
     layer = {
         "input_layernorm.weight": torch.ones(hidden).bfloat16(),
         "post_attention_layernorm.weight": torch.ones(hidden).bfloat16(),
@@ -71,14 +87,16 @@ def write(folder: Path, size: str, device: str) -> int:
         "self_attn.k_proj.weight": floats(kv * dim, hidden), "self_attn.k_proj.bias": floats(kv * dim),
         "self_attn.v_proj.weight": floats(kv * dim, hidden), "self_attn.v_proj.bias": floats(kv * dim),
         "self_attn.o_proj.weight": floats(hidden, heads * dim), "self_attn.o_proj.bias": floats(hidden),
-        "mlp.router.weight": floats(n, hidden), "mlp.router.bias": floats(n),
+        "mlp.router.weight": router, "mlp.router.bias": 0 * floats(n) if sure else floats(n),
         "mlp.experts.gate_up_proj_blocks": gate_up[0], "mlp.experts.gate_up_proj_scales": gate_up[1],
         "mlp.experts.gate_up_proj_bias": floats(n, 2 * inner),
         "mlp.experts.down_proj_blocks": down[0], "mlp.experts.down_proj_scales": down[1],
         "mlp.experts.down_proj_bias": floats(n, hidden),
     }  # fmt: skip
     shards = [{f"model.layers.{i}.{k}": v for k, v in layer.items()} for i in range(c["num_hidden_layers"])]
-    ends = {k: floats(c["vocab_size"], hidden) for k in ("model.embed_tokens.weight", "lm_head.weight")}
+    ends = {"model.embed_tokens.weight": embedding, "lm_head.weight": floats(c["vocab_size"], hidden)}
+    if sure:
+        ends["lm_head.weight"] += 2 / hidden * embedding.roll(1, 0)  # knows a successor of every token
     shards.append({**ends, "model.norm.weight": torch.ones(hidden).bfloat16()})
     index = {}
     for i, shard in enumerate(shards):
@@ -91,6 +109,12 @@ def write(folder: Path, size: str, device: str) -> int:
 
 
 @torch.inference_mode()
+def group_signs(groups: int) -> torch.Tensor:
+    """Another row of ones and minus ones for each of a power of two of groups: (groups, log2(groups))."""
+    bits = torch.arange(groups)[:, None] >> torch.arange(groups.bit_length() - 1) & 1
+    return (1 - 2 * bits).bfloat16()
+
+
 def check(plan: Any, checkpoint: Any) -> float:
     """Experts of layer 0 against their decoded weights in float64, then a prompt through the whole model."""
     from slipstream.cache.pages import Pages

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ def build_batch(
     rows_of = np.repeat(np.arange(len(chunks)), counts)
     positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
     arrays = [
-        np.array([t for c in chunks for t in c.token_ids]),
+        np.fromiter(chain.from_iterable(c.token_ids for c in chunks), np.int64, int(ends[-1])),
         positions,
         np.concatenate([np.arange(i, j) for i, j, w in zip(firsts, ends, wanted, strict=True) if w] or [starts[:0]]),
         np.concatenate(([0], ends)).astype(np.int32),

@@ -61,6 +61,7 @@ class Scheduler:
         self.waiting = Waiting()
         self.running: list[Sequence] = []  # by rank
         self._unfinished: dict[int, Sequence] = {}
+        self._filled: list[tuple[Sequence, Chain, int]] = []  # pages up to this token, which are still to be named
         self.counters = Counters()
         self._ids = self._ranks = 0
         self._forget: list[int] = []
@@ -143,6 +144,7 @@ class Scheduler:
 
     def next(self) -> Step | None:
         """The next forward pass, or None when there is nothing to do."""
+        self._settle()
         budget = self.max_num_batched_tokens
         scored = SCORED_TOKENS
         chunks: list[Chunk] = []
@@ -207,7 +209,11 @@ class Scheduler:
         so are all that are scored."""
         if seq.chain is None or seq.wants_prompt_logits:
             return []
-        names = seq.chain.names(seq.tokens, len(seq.tokens) - 1)
+        self._settle()
+        most, size = len(seq.tokens) - 1, self.pages.page_size
+        if most < size or not self.pages.begins_with(seq.chain.names(seq.tokens, size)[0]):
+            return []  # most have nothing in common with those before, and their other pages need no name yet
+        names = seq.chain.names(seq.tokens, most)
         return names[: self.pages.known(names)]
 
     def _chunk(self, seq: Sequence, count: int) -> Chunk:
@@ -222,13 +228,21 @@ class Scheduler:
         return chunk
 
     def _offer(self, seq: Sequence, start: int, end: int) -> None:
-        """Let others find the pages that are filled by the tokens at start..end-1."""
+        """Let others find the pages that are filled by the tokens at start..end-1: not before anybody looks, as the step
+        that fills them is still to be launched."""
         size = self.pages.page_size
         if seq.chain is not None and end // size > start // size:
-            self.pages.offer(seq.id, seq.chain.names(seq.tokens, end))
+            self._filled.append((seq, seq.chain, end))
+
+    def _settle(self) -> None:
+        """Name the pages that were filled."""
+        filled, self._filled = self._filled, []
+        for seq, chain, end in filled:
+            self.pages.offer(seq.id, chain.names(seq.tokens, end))
 
     def spoil(self, step: Step) -> None:
         """The step did not come to its end: nobody shall find the pages that it was to fill."""
+        self._settle()
         for chunk in step.chunks:
             seq = self._unfinished.get(chunk.sequence)
             if seq is not None and seq.chain is not None:
@@ -236,6 +250,7 @@ class Scheduler:
                 self.pages.forget(seq.chain.names(seq.tokens, end)[chunk.start // self.pages.page_size :])
 
     def _preempt(self, seq: Sequence) -> None:
+        self._settle()
         self.pages.free(seq.id)
         seq.computed = 0
         self.waiting.put_back(seq)
@@ -277,6 +292,7 @@ class Scheduler:
         """End a sequence for good and give its pages back; the first reason stays."""
         if seq.finish_reason is not None:
             return
+        self._settle()
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         self._unfinished.pop(seq.id, None)
@@ -295,6 +311,7 @@ class Scheduler:
         """Begin anew with empty queues and free pages, after an interrupt that may have left them half-changed."""
         self.pages = Pages(self.pages.groups, [pool.num_pages for pool in self.pages.pools], self.pages.page_size)
         self.running.clear()
+        self._filled.clear()
         self._unfinished.clear()
         self.waiting = Waiting()
 
@@ -304,4 +321,5 @@ class Scheduler:
         if seq.finish_reason is not None and seq.finish_reason != reason:
             self.counters.finished[seq.finish_reason] -= 1
             self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        self._settle()
         seq.finish_reason, seq.stop_reason = reason, stop_reason

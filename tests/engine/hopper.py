@@ -59,7 +59,7 @@ def plan_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, **
         patch.setattr(f"slipstream.ops.{name}.triton.chain", chain)
     patch.setattr("slipstream.ops.linear.triton_few.chain", chain)
     patch.setattr("slipstream.ops.moe.triton._hopper", lambda device: True)
-    patch.setattr("slipstream.ops.moe.triton._processors", lambda device: 132)
+    patch.setattr("slipstream.ops.moe.triton.processors", lambda device: 132)
     patch.setattr("slipstream.plan.find_hardware", lambda asked, why: Hardware("cuda", CARD, 64 << 30, (9, 0)))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -62,6 +62,6 @@ def test_bfloat16_runs_and_the_plan_counts_its_bytes(tmp_path: Any) -> None:
     llm = LLM(tiny.folder, device="cuda", dtype="bfloat16", kv_cache_memory_bytes=8 << 20, max_model_len=128)
     taken = torch.cuda.memory_allocated() - before
     planned = llm.plan.weights_bytes + llm.plan.kv_bytes
-    assert planned <= taken <= planned * 1.1
+    assert planned <= taken <= planned * 1.1 + llm.plan.workspace_bytes
     out = llm.generate(tiny.prompts, SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True))
     assert all(len(o.outputs[0].token_ids) == 8 for o in out)

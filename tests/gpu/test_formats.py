@@ -14,7 +14,7 @@ from slipstream.ops.formats import Weight, decode
 from slipstream.ops.linear import IMPLS
 from slipstream.ops.linear.triton import Triton
 from slipstream.ops.linear.triton_few import Few
-from tests.ops.test_triton import FORMATS, all_codes_and_scales, error, few, make, one_bad_block, product
+from tests.ops.test_triton import FORMATS, all_codes_and_scales, error, few, make, one_bad_block, product, slabs
 
 pytestmark = pytest.mark.gpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -59,6 +59,12 @@ def test_more_than_two_billion_weights(tokens: int) -> None:
     found = product(x, Triton().prepare(Weight("int8", data, (rows, width), scales), F32), None)
     assert not found[:, :-1].any()
     torch.testing.assert_close(found[:, -1].double(), x.double() @ data[-1].double(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 16, 17, 33, 64, 65, 129, 700])
+def test_mxfp4_as_slabs(tokens: int) -> None:
+    for rows, width in ((2048, 4096), (5120, 2048), (16, 32), (48, 2880)):
+        assert slabs(tokens, BF16, "cuda", rows, width) < TOLERANCE[BF16], (rows, width)
 
 
 def test_the_same_numbers_twice() -> None:

@@ -9,8 +9,9 @@ pytest.importorskip("triton")
 
 from slipstream.ops.formats import encode
 from slipstream.ops.moe import triton as module
-from slipstream.ops.moe.triton import Tiles, prepare
-from tests.ops.test_moe_triton import case, error, grouped, tiled
+from slipstream.ops.moe.layout import prepare
+from slipstream.ops.moe.triton import Tiles
+from tests.ops.test_moe_triton import case, error, grouped, layout, tiled
 
 pytestmark = pytest.mark.gpu
 BF = torch.bfloat16
@@ -68,6 +69,11 @@ def test_two_hundred_runs_are_identical(tokens: int) -> None:
     for _ in range(100):
         graph.replay()
         assert torch.equal(run(), first) and torch.equal(captured, first)
+
+
+def test_the_layout_is_that_of_torch() -> None:
+    for sizes in ((5, 2880, 90), (1, 16, 2), (33, 5760, 90)):  # one expert, a few, and more than fit in a launch
+        assert layout("cuda", sizes) == 0
 
 
 def test_all_tokens_to_two_experts() -> None:

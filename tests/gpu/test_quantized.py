@@ -39,10 +39,16 @@ def test_gpt_oss_as_published(tmp_path: Path, dtype: str) -> None:
     publish(folder)
     want, _ = logits(folder, "cpu", dtype="float32")
     got, llm = logits(folder, "cuda", dtype=dtype)
-    assert {c.op: c.name for c in llm.plan.choices}["linear[mxfp4]"] == "triton"
+    assert {c.op: c.name for c in llm.plan.choices}["linear[mxfp4]"] == (
+        "triton" if dtype == "float32" else "triton_slabs"
+    )
     assert {i.held for i in llm.plan.loads if len(i.shape) == 3} == {"mxfp4"}
-    for mine, theirs in zip(got, want, strict=True):
-        assert (mine - theirs).norm() / theirs.norm() < (1e-4 if dtype == "float32" else 0.08)
+    if dtype == "float32":
+        for mine, theirs in zip(got, want, strict=True):
+            assert (mine - theirs).norm() / theirs.norm() < 1e-4
+        return
+    off = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(got, want, strict=True)])
+    assert off.median() < 0.03 and (off > 0.08).float().mean() < 0.1, off  # few tokens go to another expert
 
 
 @pytest.mark.parametrize("made", MADE)

@@ -25,7 +25,8 @@ pytest.importorskip("triton")
 
 from slipstream.ops.moe import kernels
 from slipstream.ops.moe import triton as module
-from slipstream.ops.moe.triton import PLACES, TABLE, Tiles, experts, prepare
+from slipstream.ops.moe.layout import MOVES, PLACES, _lay_out, laid_out, laid_out_on_card, prepare
+from slipstream.ops.moe.triton import TABLE, Tiles, experts
 from tests.ops import interpreter
 
 HIDDEN, INNER, EXPERTS, TOP_K = 160, 96, 5, 2
@@ -124,6 +125,7 @@ def interpreted() -> dict[str, Callable[[], float]]:
     cases["all-to-two-experts"] = partial(error, "mxfp4", 19, "silu", ids=same)
     cases["many-experts"] = partial(error, "mxfp4", 9, "silu", sizes=(64, 32, 67, 5))
     cases["nan"] = bad_block
+    cases["layout"] = layout
     for absent in (False, True):
         cases["sorted-some-elsewhere" if absent else "sorted"] = partial(sort, absent)
         for size in (64, 128):
@@ -235,6 +237,21 @@ def sort(absent: bool) -> float:
     each = sums[0, places.long()] * here[:, None]
     wanted = (each.view(tokens, top_k, width).double() * weights[..., None]).sum(1)
     return ((out - wanted).norm() / wanted.norm()).item()
+
+
+def layout(device: str = "cpu", sizes: tuple[int, int, int] = (3, 48, 10)) -> float:
+    """How many bytes a card lays out otherwise than torch does."""
+    experts, rows, blocks = sizes
+    torch.manual_seed(blocks)
+    codes = torch.randint(256, (experts, rows, blocks, 16), dtype=torch.uint8, device=device)
+    scales = torch.randint(130, (experts, rows, blocks), dtype=torch.uint8, device=device)
+    scales[0, 1::3, 2::4] = 255
+    off = 0
+    for gated in (False, True):
+        for got, want in zip(laid_out_on_card(codes, scales, gated), laid_out(codes, scales, gated), strict=True):
+            assert got.shape == want.shape and got.dtype == want.dtype
+            off += int((got != want).sum())
+    return float(off)
 
 
 def bad_block() -> float:
@@ -361,6 +378,21 @@ def test_it_compiles_for_hopper(
     each = tiles.slabs * 16 * tiles.blocks * 32 / (32 * tiles.warps)
     counted = instructions(made.asm["cubin"], tmp_path / "kernel.cubin")
     assert counted / each < most, f"{counted / each:.2f} instructions a weight"
+
+
+def test_the_layout_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"codes": "*i16", "scales": "*u8", "words": "*i32", "factors": "*u8", "rows": "i32", "blocks": "i32"}
+    constants = {"MOVES": MOVES, "GATED": True, "SIZE": 1024}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    source = ASTSource(_lay_out, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    machine_code(made.asm["cubin"], tmp_path / "kernel.cubin")  # spills nothing
+    assert "st.global.v4.b32" in made.asm["ptx"]
 
 
 @pytest.mark.parametrize("sort", [False, True])

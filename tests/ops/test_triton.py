@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 from slipstream.ops.linear.triton import ROWS, STAGES, Triton, _tiles, _vector, tiles
 from slipstream.ops.linear.triton_dense import TILE, TritonDense, _dense
 from slipstream.ops.linear.triton_few import ONE, SOME, Few, _one, _some
+from slipstream.ops.linear.triton_slabs import Slabs
 from tests.ops import interpreter
 
 REJECT = next(impl.reject for impl in linear.IMPLS if impl.name == "triton")
@@ -169,6 +170,23 @@ def few(tokens: int, dtype: torch.dtype = F32, device: str = "cpu", rows: int = 
     return ((found.double() - want).abs().max() / want.abs().max()).item()
 
 
+def slabs(tokens: int, dtype: torch.dtype = F32, device: str = "cpu", rows: int = 80, width: int = 96) -> float:
+    """The largest relative error of mxfp4 as slabs, in its own dtype and in float32."""
+    weight = make("mxfp4", (rows, width), device).map(torch.clone)
+    numbers = decode(weight, F32).double()
+    packed = Slabs().prepare(weight, dtype)
+    random = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, width, generator=random).to(device, dtype)
+    bias = torch.randn(rows, generator=random).to(device, dtype) if tokens % 2 else None
+    found, wide = product(inside_nan(x), packed, bias, Slabs()), Slabs().wide(x, packed)
+    assert found.dtype == dtype and found.shape == wide.shape == (tokens, rows) and wide.dtype == F32
+    assert Slabs()(x[:0], packed, bias).shape == (0, rows)
+    want = x.double() @ numbers.T
+    worst = [(wide.double() - want).abs().max() / want.abs().max()]
+    want = want if bias is None else want + bias.double()
+    return max(*worst, (found.double() - want).abs().max() / want.abs().max()).item()
+
+
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {
         f"{name}-{tokens}": lambda name=name, tokens=tokens: error(name, tokens, F32)  # type: ignore[misc]
@@ -183,6 +201,9 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
         cases[f"invariant-{name}"] = lambda name=name: invariant(name)  # type: ignore[misc]
     for tokens in (1, 2, 3, 13, 32, 33):
         cases[f"few-{tokens}"] = lambda tokens=tokens: few(tokens)  # type: ignore[misc]
+    for tokens in (1, 3, 37):
+        cases[f"slabs-{tokens}"] = lambda tokens=tokens: slabs(tokens)  # type: ignore[misc]
+    cases["slabs-parts"] = lambda: slabs(5, rows=32, width=704)
     cases["few-narrow"] = lambda: max(few(1, rows=1, width=16), few(5, width=16))
     cases["codes"] = lambda: all_codes_and_scales(F32)
     cases["nan"] = one_bad_block

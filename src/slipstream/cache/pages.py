@@ -56,11 +56,13 @@ class Chain:
 
     def names(self, tokens: Sequence[int], end: int) -> list[bytes]:
         """Of the pages that the first `end` tokens fill."""
-        for page in range(len(self._names), end // self._size):
-            before = self._names[-1] if self._names else self._start
-            part = array("q", tokens[page * self._size : (page + 1) * self._size]).tobytes()
-            self._names.append(hashlib.blake2b(before + part, digest_size=16).digest())
-        return self._names[: end // self._size]
+        done, full = len(self._names), end // self._size
+        data = memoryview(array("q", tokens[done * self._size : full * self._size])).cast("B")
+        name = self._names[-1] if self._names else self._start
+        for at in range(0, len(data), 8 * self._size):
+            name = hashlib.blake2b(name + data[at : at + 8 * self._size], digest_size=16).digest()
+            self._names.append(name)
+        return self._names[:full]
 
 
 class Pages:
@@ -107,6 +109,10 @@ class Pages:
         if dead > 0:
             pool.give(table.pages[:dead])
             table.change(dead, ())
+
+    def begins_with(self, name: bytes) -> bool:
+        """Whether a first page of this name is there, in the groups that see it for ever."""
+        return all(p.find(name) is not None for g, p in zip(self.groups, self.pools, strict=True) if g.window is None)
 
     def known(self, names: Sequence[bytes]) -> int:
         """Pages at the beginning that need not be computed: for the next token, every group has what it sees.

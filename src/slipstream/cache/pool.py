@@ -16,7 +16,8 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages))  # a sorted list is a heap
+        self._free: list[int] = []  # a heap; all of them are below those
+        self._fresh = 0  # that were never taken: from this number on
         self._holders = [0] * num_pages
         self._names: dict[int, bytes] = {}
         self._pages: dict[bytes, int] = {}  # the way back
@@ -25,7 +26,7 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that can be taken: nobody holds them."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + self.num_pages - self._fresh + len(self._cached)
 
     @property
     def num_cached(self) -> int:
@@ -37,6 +38,8 @@ class PagePool:
         for _ in range(count):
             if self._free:
                 page = heapq.heappop(self._free)
+            elif self._fresh < self.num_pages:
+                page, self._fresh = self._fresh, self._fresh + 1
             else:
                 page, _ = self._cached.popitem(last=False)
                 self.forget((page,))
@@ -89,8 +92,9 @@ class PagePool:
     def check(self) -> None:
         """Free, cached and held pages make up the whole pool. Raises AssertionError: a bug of ours."""
         held = {page for page, holders in enumerate(self._holders) if holders}
-        free, cached = set(self._free), set(self._cached)
-        if len(free) != len(self._free) or len(held) + len(free) + len(cached) != self.num_pages:
+        fresh = range(self._fresh, self.num_pages)
+        free, cached = {*self._free, *fresh}, set(self._cached)
+        if len(free) != len(self._free) + len(fresh) or len(held) + len(free) + len(cached) != self.num_pages:
             raise AssertionError("a page is lost or counted twice")
         if held & free or held & cached or free & cached:
             raise AssertionError("a page is counted twice")

@@ -27,10 +27,11 @@ from slipstream.checkpoint.manifest import Shard, check_digest
 from slipstream.checkpoint.tensors import TensorInfo, read_at
 from slipstream.errors import CapacityError, CheckpointError
 
-# On an H100 machine of 16 cores, from the page cache, with one buffer a thread: 25 GB/s with 8 threads and buffers of 16 MiB,
-# 26 with 12 threads, 21 with 4; 17 with buffers of 64 MiB, which fall out of the processor's cache before they are copied.
-BLOCK = 8 << 20
-BUFFERS = 2  # a thread: one is copied while the other is read into
+# A thread has one buffer: while it is copied, others read. All of them together are to stay in the processor's cache, but a
+# block also costs the interpreter some 100 us, which no two threads can spend at once. Into an H100 with 16 cores, from the
+# page cache: 29 GB/s with 12 threads and blocks of 12 MiB; 26 with 8 threads, 24 with 8 and 16 MiB, 18 with 16 and 6 MiB.
+BLOCK = 12 << 20
+TOLD = 16  # blocks after which progress is told, if no tensor was complete before
 READERS = min(12, max(4, os.cpu_count() or 1))  # a slow disk wants several requests too
 
 
@@ -65,8 +66,8 @@ class Card:
             runtime.cudaHostUnregister(buffer.data_ptr())
 
     def mark(self) -> torch.cuda.Event:
-        """A point in the stream that can be waited for."""
-        event = torch.cuda.Event()
+        """A point in the stream that can be waited for, in sleep."""
+        event = torch.cuda.Event(blocking=True)
         event.record(self.stream)
         return event
 
@@ -162,6 +163,7 @@ class Transfer:
         self._landed: dict[int, Tensor] = {}
         self._lock = threading.Condition()
         self._stopped = False
+        self._untold = 0  # bytes that arrived
         self._news: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
         self._digests = {file: hashlib.sha256() for file in self._shards}
         self._hashed = dict.fromkeys(self._shards, 0)
@@ -191,7 +193,11 @@ class Transfer:
 
     def take(self, item: int) -> dict[TensorInfo, Tensor]:
         """The bytes of a complete one; they are its own from here on."""
-        return {self._tensors[i]: self._land(i, take=True) for i in self._items[item]}
+        there = {}
+        for i in self._items[item]:
+            there[self._tensors[i]] = self._land(i)  # one of no bytes has no place yet
+            del self._landed[i]
+        return there
 
     def _run(self, running: int) -> Iterator[Arrived]:
         with ThreadPoolExecutor(max(running, 1), "slipstream-read") as pool:
@@ -216,31 +222,26 @@ class Transfer:
     def _read(self) -> None:
         """A thread's work."""
         try:
-            with self.card.beside(), self.card.pinned(BUFFERS * self.block) as memory:
-                buffers = memory.split(self.block)
-                marks: list[Any] = [None] * BUFFERS
-                for i in itertools.cycle(range(BUFFERS)):
-                    with self._lock:
-                        block = None if self._stopped else next(self._blocks, None)
-                    if block is None:
+            with self.card.beside(), self.card.pinned(self.block) as buffer:
+                view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+                for block in self._blocks:
+                    if self._stopped:
                         return
-                    if marks[i] is not None:
-                        marks[i].synchronize()
-                    bytes_ = self._fill(block, buffers[i])
+                    self._fill(block, view[: block.end - block.begin])
                     for p in block.pieces:
                         to = self._land(p.tensor)[p.at : p.at + p.nbytes]
-                        to.copy_(buffers[i][p.begin : p.begin + p.nbytes], non_blocking=True)
-                    marks[i] = self.card.mark()
-                    self._hash(block, bytes_)
+                        to.copy_(buffer[p.begin : p.begin + p.nbytes], non_blocking=True)
+                    mark = self.card.mark()
+                    self._hash(block, view[: block.end - block.begin])
                     self._tell(block)
+                    mark.synchronize()
         except BaseException:
             self._stop()
             raise
         finally:
             self._news.put(None)
 
-    def _fill(self, block: Block, buffer: Tensor) -> memoryview:
-        view = memoryview(buffer.numpy())[: block.end - block.begin]  # type: ignore[arg-type]
+    def _fill(self, block: Block, view: memoryview) -> None:
         what = self._tensors[block.pieces[0].tensor].name if block.pieces else "a tensor"
         spans = [(block.begin, block.end)] if block.file in self._shards else block.spans()
         try:
@@ -249,14 +250,15 @@ class Transfer:
                 read_at(self._files[block.file], part, begin, block.file, what)
         except OSError as e:
             raise CheckpointError(f"{block.file}: cannot be read: {e}") from e
-        return view
 
-    def _land(self, i: int, take: bool = False) -> Tensor:
+    def _land(self, i: int) -> Tensor:
         """The place of a tensor on the card."""
+        if (place := self._landed.get(i)) is not None:
+            return place
         with self._lock:
             if i not in self._landed:
                 self._landed[i] = torch.empty(self._tensors[i].nbytes, dtype=torch.uint8, device=self.card.device)
-            return self._landed.pop(i) if take else self._landed[i]
+            return self._landed[i]
 
     def _hash(self, block: Block, data: memoryview) -> None:
         if block.file not in self._digests:
@@ -271,14 +273,18 @@ class Transfer:
             self._lock.notify_all()
 
     def _tell(self, block: Block) -> None:
+        complete = []
         with self._lock:
-            complete = []
             for p in block.pieces:
                 item = self._owner[p.tensor]
                 self._left[item] -= p.nbytes
                 if not self._left[item]:
                     complete.append(item)
-        self._news.put((sum(p.nbytes for p in block.pieces), complete))
+            self._untold += sum(p.nbytes for p in block.pieces)
+            if not complete and self._untold < TOLD * self.block:
+                return
+            nbytes, self._untold = self._untold, 0
+        self._news.put((nbytes, complete))
 
 
 def _state(descriptor: int) -> tuple[int, int]:

@@ -194,10 +194,14 @@ class Engine:
                 )
             counters = self.scheduler.counters
             self._rate.begin(time.perf_counter(), counters.prompt_tokens, counters.new_tokens)
-            ran = self._stepping = True
+            ran = True
             try:
-                ran = self._step()
-            finally:
+                try:
+                    self._stepping = True
+                    ran = self._step()
+                finally:
+                    self._stepping = False
+            finally:  # once more, as an interrupt may have come in the line above
                 self._stepping = False
                 if ran:
                     self._rate.end(time.perf_counter())

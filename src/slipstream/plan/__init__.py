@@ -28,7 +28,7 @@ from slipstream.parallel.shares import Ranks
 from slipstream.plan.choices import async_scheduling, cuda_graphs, dtype_name
 from slipstream.plan.fit import Fit
 from slipstream.plan.layout import lay_out
-from slipstream.plan.memory import graphs_bytes, sizes, workspace_bytes
+from slipstream.plan.memory import cublas_bytes, graphs_bytes, sizes, workspace_bytes
 from slipstream.plan.weights import held_bytes
 
 __all__ = ["Plan", "dtype_name", "make_plan"]
@@ -155,6 +155,9 @@ def make_plan(
         sequences, batched = sizes(asked, hardware, why)
         workspace = workspace_bytes(config, batched, sequences, dtype)
         spare = graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        if gpu:  # a stream for steps, and one on which they are recorded
+            product = cublas_bytes(hardware.capability)
+            workspace, spare = workspace + product, spare + graphs * product
         if any(g.window is None for g in groups):
             longest = asked.max_model_len or config.max_position_embeddings
             sums = attention.scratch_bytes(attends, sequences, laid.local.num_heads, config.head_dim, longest)

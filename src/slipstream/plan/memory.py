@@ -14,6 +14,11 @@ from slipstream.scheduler import SCORED_TOKENS
 LARGE = 32 << 30  # bytes free on a GPU from which on many requests run together
 
 
+def cublas_bytes(capability: tuple[int, int] | None) -> int:
+    """What torch takes for cuBLAS with its first product on a stream, and keeps."""
+    return 32 << 20 if capability is not None and capability >= (9, 0) else 4096 * 2048 + 16 * 8192
+
+
 def sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple[int, int]:
     """Sequences that run together, and tokens of one step. A large GPU is busy only with many of both."""
     large = hardware.device.startswith("cuda") and hardware.free_bytes >= LARGE

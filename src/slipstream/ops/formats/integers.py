@@ -70,7 +70,10 @@ def unpack(packed: Tensor) -> Tensor:
 
 def _encode(rows: Tensor, steps: float) -> tuple[Tensor, Tensor]:  # (rows, width) float32 -> int8, (rows) bfloat16
     largest = rows.abs().amax(1)
-    scale = torch.where(largest == 0, 1.0, largest / steps).bfloat16().clamp_(_SMALLEST)
+    exact = largest / largest.new_full(
+        (1,), steps
+    )  # by a number CUDA multiplies with the reciprocal, which rounds twice
+    scale = torch.where(largest == 0, 1.0, exact).bfloat16().clamp_(_SMALLEST)
     scale.masked_fill_(~largest.isfinite(), torch.nan)
     codes = (rows / scale.float()[:, None]).round_().clamp_(-steps - 0.5, steps - 0.5)
     return codes.nan_to_num_(0).to(torch.int8), scale

@@ -167,6 +167,12 @@ def _triton_few() -> Any:
     return Few()
 
 
+def _triton_slabs() -> Any:
+    from slipstream.ops.linear.triton_slabs import Slabs
+
+    return Slabs()
+
+
 def _triton_invariant() -> Any:
     from slipstream.ops.linear.triton import Triton
 
@@ -192,6 +198,22 @@ def _reject_triton_packed(case: Case, varies: str | None = None) -> str | None:
         return "needs in_features in multiples of 32"
     if case.device == "cuda" and case.batch_invariant == (varies is not None):
         return varies or only_invariant(case)
+    return _no_triton(case)
+
+
+def _reject_triton_slabs(case: Case) -> str | None:
+    if case.get("format") != "mxfp4":
+        return f"takes mxfp4, not {case.get('format')}"
+    if case.device == "cuda" and case.dtype != "bfloat16":
+        return f"takes bfloat16 activations, not {case.dtype}"
+    if case.device == "cuda" and case.capability is not None and case.capability < (9, 0):
+        return "was measured on Hopper"
+    if case.device == "cuda" and (case.get("in_features", 0) % 32 or case.get("out_features", 0) % 16):
+        return "needs in_features in multiples of 32 and out_features in multiples of 16"
+    if case.get("shared"):
+        return "the weight is shared with the embedding, which looks rows up as they stand in the file"
+    if case.device == "cuda" and case.batch_invariant:
+        return "its tiles depend on the number of tokens"
     return _no_triton(case)
 
 
@@ -279,6 +301,7 @@ IMPLS = (
     Impl("native_invariant", _native, _reject_native),
     Impl("int4pack", _int4, _reject_int4),
     Impl("int8pack", _int8, _reject_int8),
+    Impl("triton_slabs", _triton_slabs, _reject_triton_slabs),
     Impl("triton", _triton, _reject_triton),
     Impl("triton_invariant", _triton_invariant, _reject_triton_packed),
     Impl("triton_dense_invariant", _triton_dense, _reject_triton_dense),

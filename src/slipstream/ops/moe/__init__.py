@@ -53,7 +53,8 @@ def _loop() -> ExpertsKernel:
 
 
 def _triton() -> ExpertsKernel:
-    from slipstream.ops.moe.triton import held_bytes, prepare, stacks
+    from slipstream.ops.moe.layout import held_bytes, prepare
+    from slipstream.ops.moe.triton import stacks
 
     return ExpertsKernel(stacks, prepare, held_bytes, tunable=True)
 

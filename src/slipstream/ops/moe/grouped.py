@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 STEP = gl.constexpr(64)  # inputs
 SLABS = gl.constexpr(8)  # of a warpgroup
+LAYOUTS = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(128, 32, 2), gl.NVMMASharedLayout(32, 32, 2)
 MUL = gl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")
 SLEEP = gl.constexpr("nanosleep.u32 3000; mov.u32 $0, 0;")  # so that one's last steps cover the other's activation
 WORDS = gl.constexpr(
@@ -218,12 +219,12 @@ def product(
 ) -> None:
     data, factors = stack
     slabs, steps = data.shape[1:3]
-    bf16, width = gl.NVMMASharedLayout(128, 16, 2), 128 if kind is None else 64
     grouped[(processors,)](
-        TensorDescriptor.from_tensor(x, [size, 64], bf16),
-        TensorDescriptor.from_tensor(data.view(-1, steps * 128), [16, 128], gl.NVMMASharedLayout(128, 32, 2)),
-        TensorDescriptor.from_tensor(factors.view(-1, steps * 8), [16, 8], gl.NVMMASharedLayout(32, 32, 2)),
-        bias, experts, experts.numel() - 1, TensorDescriptor.from_tensor(out, [size, width], bf16),
+        TensorDescriptor.from_tensor(x, [size, 64], LAYOUTS[0]),
+        TensorDescriptor.from_tensor(data.view(-1, steps * 128), [16, 128], LAYOUTS[1]),
+        TensorDescriptor.from_tensor(factors.view(-1, steps * 8), [16, 8], LAYOUTS[2]),
+        bias, experts, experts.numel() - 1,
+        TensorDescriptor.from_tensor(out, [size, 128 if kind is None else 64], LAYOUTS[0]),
         triton.cdiv(slabs, 16), slabs, steps, limit, kind, size, stages(size), num_warps=4, launch_pdl=True,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ tensor cores then leave with one thread.
 How mxfp4 is laid out, per slab and two blocks of 32 inputs: 128 words, of which thread 4 g + t of a warp is to hold four:
 (block, half) of rows g and g + 8. A word's pair 2 i + j, element e is input 16 i + 4 t + 2 j + e of its block, as mma.sync
 takes it after Triton's pass over K. Codes' bits stand so that a rotation and a mask give bfloat16 pairs (`PLACES` in
-triton.py): sign, exponent and mantissa at bits 15, 8 to 7 and 6 are the number times 2^-126, and the scale is held times
+layout.py): sign, exponent and mantissa at bits 15, 8 to 7 and 6 are the number times 2^-126, and the scale is held times
 2^126, which makes it right, exactly. The eight rows' scales follow in the same order, four in a word.
 
 A warpgroup's product (wgmma) takes element e of pair 2 i + j at place 16 i + 8 j + 2 t + e, so its other side must be MIXED:

@@ -10,21 +10,16 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.errors import KernelError
 from slipstream.ops.chain import chain
-from slipstream.ops.formats import Weight
 from slipstream.ops.moe import kernels
 from slipstream.ops.tuned import Experts, Tile
 
 FEW = 8  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
 WIDE = 1024  # pairs up to which each one's answer is float32 before they are added: more cost time there
-# Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
-PLACES = ((15, (8, 7, 6)), (9, (2, 1, 0)), (3, (28, 27, 26)), (13, (14, 5, 4)))
 
 
 class Tiles(NamedTuple):
@@ -49,66 +44,6 @@ TABLE = {
     "more, dense": Tiles(False, 128, 16, 2, 8, 3),
     "float32": Tiles(False, 16, 2, 2, 4, 2),
 }
-
-
-def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple[Tensor, ...]:
-    """A stack (experts, out, in) as `experts` wants it, in the same bytes: contiguous mxfp4 is overwritten in place.
-
-    Args:
-        gated: the stack is gate rows, then up rows.
-
-    Raises:
-        KernelError: the sizes do not fit, or an mxfp4 scale is above 2, which bfloat16 has no room for here.
-    """
-    number, rows, width = weight.shape
-    if weight.format not in ("dense", "mxfp4") or rows % 16 or width % 32:
-        raise KernelError(
-            f"moe[triton]: takes dense and mxfp4 experts of 16 n rows by 32 n inputs, not {weight.format} {rows} x {width}"
-        )
-    if weight.scales is None:
-        data = weight.data.to(dtype).contiguous()
-        if gated:
-            for one in data:
-                one.copy_(_slabs(one, gated).reshape(rows, width).clone())
-        return (data,)
-    if ((weight.scales > 128) & (weight.scales != 255)).any():
-        raise KernelError("moe[triton]: an mxfp4 scale is above 2; choose another implementation of moe")
-    blocks = width // 32
-    data, scales = weight.data.view(number, rows, blocks, 16), weight.scales.view(number, rows, blocks)
-    if blocks % 2:  # in twos
-        data, scales = F.pad(data, (0, 0, 0, 1)), F.pad(scales, (0, 1))
-    data, scales = data.contiguous(), scales.contiguous()
-    for codes, factors in zip(data, scales, strict=True):  # one expert at a time: there is never a second stack
-        broken = factors == 255
-        words = codes.view(torch.int16).unflatten(-1, (2, 4)).transpose(-1, -2).contiguous().view(torch.int32)[..., 0]
-        words = _places(words).masked_fill_(broken[..., None], 0)  # 0 times infinity: NaN, as 255 means
-        codes.view(torch.int32).view(-1).copy_(_slabs(words, gated).permute(0, 3, 2, 5, 4, 1).reshape(-1))
-        bytes = _slabs(torch.where(broken, factors, factors + 126), gated)  # slab, half, g, two blocks, which
-        factors.view(-1).copy_(bytes.permute(0, 3, 2, 4, 1).reshape(-1))
-    shape = number, rows // 16, -1
-    return data.view(-1).view(torch.int32).view(*shape, 128), scales.view(-1).view(torch.int32).view(*shape, 8)
-
-
-def held_bytes(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
-    """What `prepare` makes of a stack (experts, out, in) of that format: blocks in twos."""
-    number, rows, width = shape
-    return number * rows * (width // 32 + width // 32 % 2) * 17 if format == "mxfp4" else None
-
-
-def _slabs(rows: Tensor, gated: bool) -> Tensor:
-    """(rows, blocks, ...) -> (slabs, 2, 8, blocks / 2, 2, ...); gated: the first half of a slab gate, the second up."""
-    found = rows.view(2, -1, 8, *rows.shape[1:]).transpose(0, 1) if gated else rows.view(-1, 2, 8, *rows.shape[1:])
-    return found.unflatten(3, (-1, 2))
-
-
-def _places(words: Tensor) -> Tensor:
-    """int32 with code i at bits 4 i -> int32 with its bits in their PLACES; the second of a pair is a half-word on."""
-    new = torch.zeros_like(words)
-    for i in range(8):
-        sign, rest = PLACES[i // 2]
-        for bit, to in zip((3, 2, 1, 0), (sign, *rest), strict=True):
-            new |= (words >> (4 * i + bit) & 1) << (to + i % 2 * 16) % 32
-    return new
 
 
 def stacks(
@@ -185,10 +120,10 @@ def _tiled(
     if pairs > FEW:
         found, order = _schedule(ids, number, tiles.pairs)
         schedule = found[:-1], order
-    if _mixed(tiles, down):
+    if mixed(tiles, down):
         x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
-    _product(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
-    _product(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
+    run_tiles(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
+    run_tiles(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
     return sums
 
 
@@ -216,8 +151,8 @@ def _grouped(
         x.view(torch.int32), places, sorted.view(torch.int32), x.stride(0) // 2, hidden // 2,
         top_k, triton.next_power_of_2(hidden // 2), **chain(device),
     )  # fmt: skip
-    product(sorted, gate_up, gate_up_bias, experts, between, size, kind, limit, _processors(device))
-    product(between, down, down_bias, experts, sorted, size, None, limit, _processors(device))
+    product(sorted, gate_up, gate_up_bias, experts, between, size, kind, limit, processors(device))
+    product(between, down, down_bias, experts, sorted, size, None, limit, processors(device))
     return sorted[None], places
 
 
@@ -237,7 +172,7 @@ def _schedule(ids: Tensor, number: int, size: int, *, sort: bool = False) -> tup
     return tiles, found
 
 
-def _product(
+def run_tiles(
     x: Tensor,
     stack: tuple[Tensor, ...],
     bias: Tensor | None,
@@ -256,13 +191,13 @@ def _product(
         x, data, scales, bias, *schedule, out, x.stride(0), slabs, blocks, x.shape[1], pairs, share, steps, limit,
         KIND=kind, LEFT=tiles.left, BLOCK_M=tiles.pairs, SLABS=tiles.slabs, BLOCKS=tiles.blocks,
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
-        MIXED=_mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
+        MIXED=mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
         PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None else 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **chain(x.device),
     )  # fmt: skip
 
 
-def _mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
+def mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
     """Whether the inputs stand in the order in which a warpgroup's tensor cores find them, as kernels.py says."""
     return len(stack) == 2 and tiles.left and tiles.warps >= 4
 
@@ -299,11 +234,11 @@ def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torc
     if pairs > FEW:
         return 1
     programs = triton.cdiv(slabs, tiles.slabs) * pairs
-    return max(1, min(6 * _processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
+    return max(1, min(6 * processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 

@@ -96,7 +96,8 @@ def _part(  # type: ignore[no-untyped-def]
     tl.store(out + at, total, mask=(token < tokens) & (expert < experts)[None, :])
 
 
-@triton.jit
+# What is known of a stride shapes the layout, and so the order of sums: bits are not to depend on it.
+@triton.jit(do_not_specialize=["stride", "part_stride"])
 def _router(  # type: ignore[no-untyped-def]
     logits, bias, ids, weights, stride, part_stride, experts, top_k, ROUND: tl.constexpr, PARTS: tl.constexpr,
     SOFTMAX_FIRST: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
