@@ -109,7 +109,13 @@ class EngineConfig:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
         if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
             raise ConfigError(f"async_scheduling: must be true or false, got {self.async_scheduling!r}")
-        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager", "enable_expert_parallel", "count_calls"):
+        for name in (
+            "enable_prefix_caching",
+            "batch_invariant",
+            "enforce_eager",
+            "enable_expert_parallel",
+            "count_calls",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, got {getattr(self, name)!r}")
         share = self.gpu_memory_utilization

@@ -71,7 +71,9 @@ def read_kernels(
     if word != "auto" and not any(map(is_repository, named.values())):
         for option, value in (("kernels_lock", lock), ("kernels_policy", policy)):
             if value is not None:
-                raise ConfigError(f"{option}: has no effect where no kernels from a repository may run; add kernels='auto'")
+                raise ConfigError(
+                    f"{option}: has no effect where no kernels from a repository may run; add kernels='auto'"
+                )
     return KernelsAsked(word, named)
 
 

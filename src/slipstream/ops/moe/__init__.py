@@ -38,18 +38,19 @@ class ExpertsKernel:
     prepare: Prepare | None = None
     held_bytes: Callable[[str, tuple[int, ...], torch.dtype], int | None] = _as_packed
     tunable: bool = False  # `experts` takes `tuned`, what was measured for weights of this shape on this card
+    waits: bool = False  # it brings numbers to the host, so that no CUDA graph can hold it
 
 
 def _reference() -> ExpertsKernel:
     from slipstream.ops.moe.reference import experts
 
-    return ExpertsKernel(experts)
+    return ExpertsKernel(experts, waits=True)
 
 
 def _loop() -> ExpertsKernel:
     from slipstream.ops.moe.loop import experts
 
-    return ExpertsKernel(experts)
+    return ExpertsKernel(experts, waits=True)
 
 
 def _triton() -> ExpertsKernel:
