@@ -150,7 +150,6 @@ def test_by_itself_it_is_passed_over_with_the_same_reason(
     files, why = BROKEN[name]
     act = repos.publish(files, home / "act")
     monkeypatch.setattr(candidate, "KNOWN", {"activation": (str(act),)})
-    monkeypatch.setattr("slipstream.plan.choices.KNOWN", {"activation": (str(act),)})
     found = row(plan(model, kernels="auto", **repos.pin(home, act)), "activation")
     assert found["implementation"] == "reference"
     assert found["rejected"][0]["implementation"] == str(act)
@@ -168,7 +167,7 @@ def test_by_itself_it_must_not_be_slower(
     ours: float, theirs: float, taken: bool, model: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     act = repos.publish(repos.ACTIVATION, home / "act")
-    monkeypatch.setattr("slipstream.plan.choices.KNOWN", {"activation": (str(act),)})
+    monkeypatch.setattr(candidate, "KNOWN", {"activation": (str(act),)})
     clock = iter((ours, theirs))
     monkeypatch.setattr(candidate, "seconds", lambda run, device: next(clock))
     found = row(plan(model, use_kernels=True, **repos.pin(home, act)), "activation")

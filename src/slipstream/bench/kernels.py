@@ -107,7 +107,9 @@ def bench_kernels(
             lines.append(line if fn is None else _measure(op, line, fn, case, sizes, batches, repeats))
     if all(line.why for line in lines):
         reasons = tuple((line.name, line.why or "") for line in lines)
-        raise KernelError(f"{op}: no candidate can be timed: " + "; ".join(": ".join(r) for r in reasons), rejected=reasons)
+        raise KernelError(
+            f"{op}: no candidate can be timed: " + "; ".join(": ".join(r) for r in reasons), rejected=reasons
+        )
     return KernelReport(op, hardware.name, hardware.device, dtype, sizes, TOLERANCE[dtype], tuple(lines))
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slipstream.config.kernels import KernelsAsked, is_repository
 from slipstream.errors import KernelError, TrustError
-from slipstream.ops.choose import Case, Impl
+from slipstream.ops.choose import Case, Choice, Impl, choose
 from slipstream.ops.sample import TOLERANCE, Sample, error, seconds
 
 if TYPE_CHECKING:
@@ -129,6 +131,39 @@ class Candidate:
         if theirs > SLOWER * own:
             return f"is slower here: {theirs * 1e6:.1f} us against {own * 1e6:.1f} us for {TIMED} tokens"
         return None
+
+
+def pick(
+    op: str,
+    impls: Sequence[Impl],
+    case: Case,
+    wants: KernelsAsked,
+    policy: Callable[[], Policy],
+    device: str,
+    key: str = "",
+) -> Choice:
+    """`choose`, with what was asked of this op and the repositories that may stand in for it.
+
+    Args:
+        key: the op's name in `kernels`, where it has another.
+        policy: is asked for only where a repository is tried.
+        device: where candidates are tried.
+    """
+    key = key or op
+    force, names = wants.force(key), KNOWN.get(key, ()) if wants.word == "auto" else ()
+    if force is not None:
+        names = (force,) if is_repository(force) else ()
+    if not names:
+        return choose(op, impls, case, force)
+    rules = policy()
+    builtin = None if force else partial(_builtin, op, impls, case)
+    hub = [Candidate(key, name, rules, builtin).impl() for name in names]
+    with torch.cuda.device(device if case.device == "cuda" else -1):
+        return choose(op, (*hub, *impls), case, force)
+
+
+def _builtin(op: str, impls: Sequence[Impl], case: Case) -> Any:
+    return choose(op, impls, case).fn
 
 
 def function(module: Any, name: str, *parameters: str) -> Any:

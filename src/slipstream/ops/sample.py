@@ -34,8 +34,8 @@ class Sample:
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    """The same normal numbers on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    """Normal numbers, the same each time."""
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
 @torch.inference_mode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +11,16 @@ import torch
 from slipstream.checkpoint.load import Load
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.config import EngineConfig, ModelConfig
-from slipstream.config.kernels import is_repository
 from slipstream.errors import KernelError
 from slipstream.hardware import Hardware
 from slipstream.layers.mlp import MoE
 from slipstream.layers.ops import ExpertsChoice, Ops
 from slipstream.layers.transformer import Transformer
-from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
-from slipstream.ops.candidate import KNOWN, Candidate
+from slipstream.ops import activation, attention, attention_input, candidate, linear, moe, norm, router, sampling
 from slipstream.ops.choose import Case, Choice, Impl, choose
 from slipstream.ops.tuned import Tuned
 from slipstream.ops.used import Used
+from slipstream.trust import Policy
 
 log = logging.getLogger(__name__)
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there; experts' kernels say so.
@@ -62,25 +60,11 @@ def waits(choice: Choice) -> bool:
     return (choice.op.split("[")[0], choice.name) in WAITING or getattr(choice.fn, "waits", False)
 
 
-def _pick(op: str, impls: Sequence[Impl], case: Case, asked: EngineConfig, hardware: Hardware, key: str) -> Choice:
-    """`choose`, with what was asked of this op (`key` in `kernels`) and the repositories that may stand in for it."""
-    wants = asked.kernels_asked
-    force, names = wants.force(key), KNOWN.get(key, ()) if wants.word == "auto" else ()
-    if force is not None:
-        names = (force,) if is_repository(force) else ()
-    if not names:
-        return choose(op, impls, case, force)
-    from slipstream.trust import Policy
+def _pick(op: str, impls: Sequence[Impl], case: Case, asked: EngineConfig, hardware: Hardware, key: str = "") -> Choice:
+    def policy() -> Policy:
+        return Policy.find(asked.kernels_lock, asked.kernels_policy)
 
-    policy = Policy.find(asked.kernels_lock, asked.kernels_policy)
-    builtin = None if force else partial(_builtin, op, impls, case)
-    hub = [Candidate(key, name, policy, builtin).impl() for name in names]
-    with torch.cuda.device(hardware.device if case.device == "cuda" else -1):  # where candidates are tried
-        return choose(op, (*hub, *impls), case, force)
-
-
-def _builtin(op: str, impls: Sequence[Impl], case: Case) -> Any:
-    return choose(op, impls, case).fn
+    return candidate.pick(op, impls, case, asked.kernels_asked, policy, hardware.device, key)
 
 
 def choose_ops(
@@ -95,7 +79,7 @@ def choose_ops(
     kinds = ("swiglu_clamped" if sinks else config.hidden_act,)
 
     def pick(op: str, impls: Sequence[Impl], case: Case, key: str = "") -> Choice:
-        return _pick(op, impls, case, asked, hardware, key or op)
+        return _pick(op, impls, case, asked, hardware, key)
 
     def counted(choice: Choice, fn: Any = None) -> Any:
         return (fn or choice.fn) if used is None else used.counted(choice, fn)
@@ -157,7 +141,7 @@ def experts_choice(
         asked, hardware, dtype, kinds={m.kind for m in layers}, formats={part.format for part in stacks},
         sizes={part.local[1:] for part in stacks}, limit=layers[0].limit, spread=layers[0].ranks.experts is not None,
     )  # fmt: skip
-    choice = _pick("moe", moe.IMPLS, case, asked, hardware, "moe")
+    choice = _pick("moe", moe.IMPLS, case, asked, hardware)
     formats = {part.format for part in stacks if part.local == layers[0].gate_up.shape}
     kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
     table.experts.kernel = kernel if table.used is None else table.used.counted(choice, kernel)
