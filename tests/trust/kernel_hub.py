@@ -19,11 +19,14 @@ class Hub:
     """Commits with their files, branches that name a commit, and what was asked for."""
 
     def __init__(self) -> None:
+        self.url = ""
+        self.clear()
+
+    def clear(self) -> None:
         self.commits: dict[tuple[str, str], dict[str, bytes]] = {}
         self.branches: dict[str, dict[str, str]] = {}
         self.sent_instead: dict[str, bytes] = {}  # path in the repository -> what is sent in its place
         self.asked: list[str] = []
-        self.url = ""
 
     def commit(self, repo: str, files: dict[str, bytes], branch: str) -> str:
         data = json.dumps({n: hashlib.sha256(d).hexdigest() for n, d in files.items()}, sort_keys=True)
@@ -60,7 +63,9 @@ class Hub:
             if repo not in self.branches:
                 return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
             if rest == ["refs"]:
-                refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in self.branches[repo].items()]
+                refs = [
+                    {"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in self.branches[repo].items()
+                ]
                 return 200, json.dumps({"branches": refs, "converts": [], "tags": []}).encode(), {}
             commit = self.resolve(repo, rest[1] if len(rest) > 1 else "main")
             if commit is None:
@@ -83,6 +88,7 @@ class Hub:
 def serve(hub: Hub) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 1 << 16  # head and body in one packet, else each answer waits for an acknowledgement
 
         def do_HEAD(self) -> None:
             self.send(body=False)

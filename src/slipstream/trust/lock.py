@@ -18,7 +18,8 @@ MAX_BYTES = 64 << 20
 _FORMAT = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_REPO = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 _VARIANT = re.compile(r"[\w-][\w.+-]{0,127}", re.ASCII)
 
 
@@ -138,7 +139,7 @@ def bad_name(name: str) -> str | None:
 
 
 def is_repo(name: str) -> bool:
-    return bool(_REPO.fullmatch(name)) and ".." not in name
+    return bool(_REPO.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
