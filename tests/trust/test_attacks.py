@@ -1,7 +1,7 @@
 """200 attempts to run something that was not pinned. None is imported, and each ends in a TrustError that names its cause.
 
-Every attempt begins with a control: the same kernel, pinned and untouched, is opened, and importing it does write the canary. Then the
-attempt is made on the same machine, and there must be no canary.
+Every attempt begins with a control: the same kernel, pinned and untouched, is opened, and importing it does write the canary.
+Then the attempt is made on the same machine, and there must be no canary.
 """
 
 from __future__ import annotations
@@ -359,7 +359,7 @@ def foreign_folder(s: Stage) -> Attempt:
 
 def other_place(s: Stage) -> Attempt:
     """Folders that no policy lists, links to them, and a store that others could write to."""
-    pin, folder = s.either() if s.number > 3 else (s.from_folder(), Path())
+    pin = s.either()[0] if s.number > 3 else s.from_folder()
     if s.number == 0:
         moved = s.world.folder / "elsewhere"
         shutil.copytree(pin.repo, moved)

@@ -17,7 +17,7 @@ from typing import Any
 from slipstream.config.paths import cache_root
 from slipstream.errors import KernelError, TrustError
 from slipstream.trust import Build, Pin, Policy, tree
-from slipstream.trust.fetch import Store, download
+from slipstream.trust.fetch import Store, build_folder, download
 from slipstream.trust.imports import VerifiedPackage, forget, import_verified, packages
 from slipstream.trust.policy import refusal, split_layer
 from slipstream.trust.signature import BUNDLE, METADATA, check_signer, signed_by
@@ -149,9 +149,7 @@ def verified(pin: Pin, build: Build, policy: Policy) -> tuple[Path, dict[str, by
 
 def _from_folder(pin: Pin, build: Build, kept: Store) -> None:
     """Copy a build of a folder, as its owner may change it at any time. The folder must be what was pinned each time."""
-    path = Path(pin.repo)
-    source = path / "build" / build.variant
-    source = source if source.is_dir() else path / build.variant
+    source = build_folder(pin, build)
     if source.resolve() != source:
         raise TrustError(f"{source} is reached through a symbolic link, and may be anything")
     if kept.path(build).exists():

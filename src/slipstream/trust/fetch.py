@@ -82,6 +82,12 @@ def pin_folder(path: Path, root: Path | None, hash_tree: Callable[[Path], dict[s
     return Pin(str(path), None, version, builds, depends)
 
 
+def build_folder(pin: Pin, build: Build) -> Path:
+    """Where a local repository has a build."""
+    inside = Path(pin.repo) / "build" / build.variant
+    return inside if inside.is_dir() else Path(pin.repo) / build.variant
+
+
 def download(repo: str, commit: str, names: list[str], endpoint: str, folder: Path) -> list[Path]:
     """Fetch files of a commit into `folder`, below their own paths."""
     from huggingface_hub import hf_hub_download
@@ -145,13 +151,13 @@ def _commit(api: object, repo: str, version: int | None, revision: str | None) -
 def _build(variant: str, files: dict[str, File], texts: dict[str, bytes], root: Path | None) -> Build:
     if METADATA not in texts:
         raise TrustError(f"{variant} has no {METADATA}")
-    signer = None
+    signer: tuple[str, str] | tuple[()] = ()
     if BUNDLE in texts:
         try:
             signer = identity_of(signed_by(texts[METADATA], texts[BUNDLE], files, root))
         except TrustError as e:
             raise TrustError(f"{variant}: {e}") from e
-    return Build(variant, tree_sha256(files), files, signer)
+    return Build(variant, tree_sha256(files), files, *signer)
 
 
 def _stated(texts: dict[str, dict[str, bytes]]) -> tuple[int | None, tuple[str, ...]]:
