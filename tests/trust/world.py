@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,7 +14,9 @@ from slipstream.trust import Lock, Pin, Policy
 from slipstream.trust.fetch import pin_folder, pin_from_hub
 from slipstream.trust.tree import hash_tree
 from tests.trust.kernel_hub import Hub
-from tests.trust.signing import Sigstore
+
+if TYPE_CHECKING:  # signing needs what only the extra brings
+    from tests.trust.signing import Sigstore
 
 VARIANT = "torch-cpu"  # any torch, this processor
 INIT = """

@@ -67,7 +67,7 @@ def lock(
     asked = fresh + ([] if fresh and files.is_accepted(files.lock_path) else list(pins))
     if not asked:
         raise TrustError(f"{files.lock_path} pins nothing yet; name what to pin: slipstream kernels lock org/repo")
-    for pin in _pins(asked, pins, rules, {r: (version, revision) for r in fresh}):
+    for pin in _pins(asked, pins, rules, dict.fromkeys(fresh, (version, revision))):
         pins[pin.repo] = pin
         fetched[pin.repo] = _fetch(pin, rules, new_policy=not files.policy_path.exists())
     made = Lock(pins, files.lock_path)

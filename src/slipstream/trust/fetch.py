@@ -177,11 +177,13 @@ def _stated(texts: dict[str, dict[str, bytes]]) -> tuple[int | None, tuple[str, 
 
 
 def _check_online(endpoint: str, what: str) -> None:
-    """
+    """Ask for one answer first: the Hub's client would try for half a minute.
+
     Raises:
-        TrustError: the network is forbidden, or the environment names another Hub than the policy.
+        TrustError: the network is forbidden or away, or the environment names another Hub than the policy.
     """
-    from huggingface_hub import constants
+    import httpx
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         raise TrustError(f"{what}, and HF_HUB_OFFLINE forbids fetching it")
@@ -190,6 +192,10 @@ def _check_online(endpoint: str, what: str) -> None:
         raise TrustError(
             f"{what}, and HF_ENDPOINT names {named} where the policy says {endpoint}; unset it, or write endpoint = {named!r} there"
         )
+    try:
+        get_session().head(endpoint, timeout=_TIMEOUT)
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise TrustError(f"{what}, and {endpoint} cannot be reached: {e}") from e
 
 
 @contextmanager
