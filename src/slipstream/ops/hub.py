@@ -17,7 +17,7 @@ from typing import Any
 from slipstream.config.paths import cache_root
 from slipstream.errors import KernelError, TrustError
 from slipstream.trust import Build, Pin, Policy, tree
-from slipstream.trust.fetch import Store, download
+from slipstream.trust.fetch import Store, build_folder, download
 from slipstream.trust.imports import VerifiedPackage, forget, import_verified, packages
 from slipstream.trust.policy import refusal, split_layer
 from slipstream.trust.signature import BUNDLE, METADATA, check_signer, signed_by
@@ -60,13 +60,14 @@ def open_kernel(name: str, device: str, policy: Policy) -> Opened:
             extra `kernels` is not installed.
     """
     pin = policy.pinned(name)
+    needed = {repo: open_kernel(repo, device, policy).module for repo in pin.depends}
     try:
         check_environment()
         build = build_for(pin, device)
         where, texts, signer = verified(pin, build, policy)
-        found = _already(pin, build) or _import(pin, build, where, texts, device, policy, signer)
+        found = _already(pin, build) or _import(pin, build, where, texts, needed, signer)
     except TrustError as e:
-        raise e if str(e).startswith(pin.repo) else refusal(pin.repo, str(e)) from e
+        raise refusal(pin.repo, str(e)) from e
     layer = split_layer(name)[1]
     return replace(found, layer=_layer(found.module, pin.repo, layer)) if layer else found
 
@@ -148,9 +149,7 @@ def verified(pin: Pin, build: Build, policy: Policy) -> tuple[Path, dict[str, by
 
 def _from_folder(pin: Pin, build: Build, kept: Store) -> None:
     """Copy a build of a folder, as its owner may change it at any time. The folder must be what was pinned each time."""
-    path = Path(pin.repo)
-    source = path / "build" / build.variant
-    source = source if source.is_dir() else path / build.variant
+    source = build_folder(pin, build)
     if source.resolve() != source:
         raise TrustError(f"{source} is reached through a symbolic link, and may be anything")
     if kept.path(build).exists():
@@ -176,12 +175,11 @@ def _already(pin: Pin, build: Build) -> Opened | None:
 
 
 def _import(
-    pin: Pin, build: Build, where: Path, texts: dict[str, bytes], device: str, policy: Policy, signer: str | None
+    pin: Pin, build: Build, where: Path, texts: dict[str, bytes], needed: dict[str, ModuleType], signer: str | None
 ) -> Opened:
     from kernels.deps import use_kernel_deps
 
     name = _check_metadata(pin, build, texts)
-    needed = {repo: open_kernel(repo, device, policy).module for repo in pin.depends}
     root = "" if "__init__.py" in texts else f"{name}/"
     sources = {n.removeprefix(root): d for n, d in texts.items() if n.endswith(".py") and n.startswith(root)}
     if "__init__.py" not in sources:

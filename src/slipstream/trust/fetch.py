@@ -33,8 +33,8 @@ def pin_from_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    _check_online(endpoint, f"{repo} cannot be looked at")
-    with _hub_errors(repo, endpoint):
+    _check_online(endpoint, "the Hub must be asked")
+    with _hub_errors(endpoint):
         api = HfApi(endpoint=endpoint)
         commit, found = _commit(api, repo, version, revision)
         if any(f.path == _STATUS for f in api.list_repo_tree(repo, repo_type="kernel", revision=commit)):
@@ -47,7 +47,7 @@ def pin_from_hub(
     for entry in entries:
         variant, _, name = entry.path.removeprefix("build/").partition("/")
         if not name or entry.path.count("..") or bad_name(name):
-            raise TrustError(f"{repo}: {entry.path}: {bad_name(name or entry.path) or 'it belongs to no build'}")
+            raise TrustError(f"{entry.path}: {bad_name(name or entry.path) or 'it belongs to no build'}")
         if entry.lfs is not None:
             file = File(entry.lfs.size, entry.lfs.sha256)
         else:
@@ -59,11 +59,11 @@ def pin_from_hub(
             texts.setdefault(variant, {})[name] = data
         trees.setdefault(variant, {})[name] = file
     if not trees:
-        raise TrustError(f"{repo} at {commit[:12]} has no build/<variant>/, so it is not a kernel repository")
+        raise TrustError(f"at {commit[:12]} it has no build/<variant>/, so it is not a kernel repository")
     builds = {v: _build(v, files, texts.get(v, {}), root) for v, files in trees.items()}
     stated, depends = _stated(texts)
     if found is not None and stated is not None and stated != found:
-        raise TrustError(f"{repo}: its branch says version {found}, and its {METADATA} {stated}")
+        raise TrustError(f"its branch says version {found}, and its {METADATA} {stated}")
     return Pin(repo, commit, found if stated is None else stated, builds, depends)
 
 
@@ -82,12 +82,18 @@ def pin_folder(path: Path, root: Path | None, hash_tree: Callable[[Path], dict[s
     return Pin(str(path), None, version, builds, depends)
 
 
+def build_folder(pin: Pin, build: Build) -> Path:
+    """Where a local repository has a build."""
+    inside = Path(pin.repo) / "build" / build.variant
+    return inside if inside.is_dir() else Path(pin.repo) / build.variant
+
+
 def download(repo: str, commit: str, names: list[str], endpoint: str, folder: Path) -> list[Path]:
     """Fetch files of a commit into `folder`, below their own paths."""
     from huggingface_hub import hf_hub_download
 
-    _check_online(endpoint, f"{repo} at {commit[:12]} is not whole in the cache")
-    with _hub_errors(repo, endpoint):
+    _check_online(endpoint, f"commit {commit[:12]} is not whole on this machine")
+    with _hub_errors(endpoint):
         return [
             Path(
                 hf_hub_download(
@@ -130,28 +136,28 @@ def _commit(api: object, repo: str, version: int | None, revision: str | None) -
     if revision is not None:
         sha = api.kernel_info(repo, revision=revision).sha
         if not sha:
-            raise TrustError(f"{repo}: the Hub names no commit for {revision}")
+            raise TrustError(f"the Hub names no commit for {revision}")
         return sha, None
     branches = {b.name: b.target_commit for b in api.list_repo_refs(repo, repo_type="kernel").branches}
     versions = {int(n[1:]): c for n, c in branches.items() if n[:1] == "v" and n[1:].isdecimal()}
     if version is None and not versions:
-        raise TrustError(f"{repo} has no versions; name a commit: slipstream kernels lock {repo} --revision COMMIT")
+        raise TrustError(f"it has no versions; name a commit: slipstream kernels lock {repo} --revision COMMIT")
     wanted = max(versions) if version is None else version
     if wanted not in versions:
-        raise TrustError(f"{repo} has no version {wanted}; there are {', '.join(map(str, sorted(versions))) or 'none'}")
+        raise TrustError(f"it has no version {wanted}; there are {', '.join(map(str, sorted(versions))) or 'none'}")
     return versions[wanted], wanted
 
 
 def _build(variant: str, files: dict[str, File], texts: dict[str, bytes], root: Path | None) -> Build:
     if METADATA not in texts:
         raise TrustError(f"{variant} has no {METADATA}")
-    signer = None
+    signer: tuple[str, str] | tuple[()] = ()
     if BUNDLE in texts:
         try:
             signer = identity_of(signed_by(texts[METADATA], texts[BUNDLE], files, root))
         except TrustError as e:
             raise TrustError(f"{variant}: {e}") from e
-    return Build(variant, tree_sha256(files), files, signer)
+    return Build(variant, tree_sha256(files), files, *signer)
 
 
 def _stated(texts: dict[str, dict[str, bytes]]) -> tuple[int | None, tuple[str, ...]]:
@@ -171,11 +177,13 @@ def _stated(texts: dict[str, dict[str, bytes]]) -> tuple[int | None, tuple[str, 
 
 
 def _check_online(endpoint: str, what: str) -> None:
-    """
+    """Ask for one answer first: the Hub's client would try for half a minute.
+
     Raises:
-        TrustError: the network is forbidden, or the environment names another Hub than the policy.
+        TrustError: the network is forbidden or away, or the environment names another Hub than the policy.
     """
-    from huggingface_hub import constants
+    import httpx
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         raise TrustError(f"{what}, and HF_HUB_OFFLINE forbids fetching it")
@@ -184,18 +192,22 @@ def _check_online(endpoint: str, what: str) -> None:
         raise TrustError(
             f"{what}, and HF_ENDPOINT names {named} where the policy says {endpoint}; unset it, or write endpoint = {named!r} there"
         )
+    try:
+        get_session().head(endpoint, timeout=_TIMEOUT)
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise TrustError(f"{what}, and {endpoint} cannot be reached: {e}") from e
 
 
 @contextmanager
-def _hub_errors(repo: str, endpoint: str) -> Iterator[None]:
+def _hub_errors(endpoint: str) -> Iterator[None]:
     import httpx
     from huggingface_hub import errors
 
     try:
         yield
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as e:
-        raise TrustError(f"{endpoint} has no kernel repository {repo}, or it needs a token: hf auth login") from e
+        raise TrustError(f"{endpoint} has no such kernel repository, or wants a token: hf auth login") from e
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.EntryNotFoundError, httpx.HTTPError) as e:
-        raise TrustError(f"{repo} could not be fetched from {endpoint}: {str(e).splitlines()[0][:200]}") from e
+        raise TrustError(f"it could not be fetched from {endpoint}: {str(e).splitlines()[0][:200]}") from e
     except (errors.HFValidationError, ValueError, OSError) as e:
-        raise TrustError(f"what {endpoint} sent for {repo} could not be read or kept: {e}") from e
+        raise TrustError(f"what {endpoint} sent could not be read or kept: {e}") from e

@@ -18,7 +18,8 @@ MAX_BYTES = 64 << 20
 _FORMAT = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_REPO = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_REPO = re.compile(f"{_NAME}/{_NAME}", re.ASCII)
 _VARIANT = re.compile(r"[\w-][\w.+-]{0,127}", re.ASCII)
 
 
@@ -34,13 +35,14 @@ class Build:
 
     Attributes:
         sha256: of the tree, see tree_sha256.
-        signer: who signed it when it was pinned.
+        signer: who had signed it when it was pinned, and `issuer` who vouched for that name.
     """
 
     variant: str
     sha256: str
     files: Mapping[str, File]
     signer: str | None = None
+    issuer: str | None = None
 
     @property
     def size(self) -> int:
@@ -104,7 +106,7 @@ class Lock:
             builds = {
                 b.variant: {
                     "sha256": b.sha256,
-                    **({"signer": b.signer} if b.signer else {}),
+                    **({"signer": b.signer, "issuer": b.issuer} if b.signer else {}),
                     "files": {n: [f.size, f.sha256] for n, f in sorted(b.files.items())},
                 }
                 for b in sorted(pin.builds.values(), key=lambda b: b.variant)
@@ -138,7 +140,7 @@ def bad_name(name: str) -> str | None:
 
 
 def is_repo(name: str) -> bool:
-    return bool(_REPO.fullmatch(name)) and ".." not in name
+    return bool(_REPO.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
@@ -193,7 +195,7 @@ def _pin(name: str, entry: dict[str, Any], base: Path) -> Pin:
 
 def _build(repo: str, variant: str, entry: dict[str, Any]) -> Build:
     what = f"{repo}, {variant}"
-    _only(entry, {"sha256", "signer", "files"}, what)
+    _only(entry, {"sha256", "signer", "issuer", "files"}, what)
     if not _VARIANT.fullmatch(variant):
         raise ValueError(f"{what}: that is no name of a build")
     files = {}
@@ -207,7 +209,7 @@ def _build(repo: str, variant: str, entry: dict[str, Any]) -> Build:
         raise ValueError(f"{what}: it has no files")
     if tree_sha256(files) != entry["sha256"]:
         raise ValueError(f"{what}: its files do not make up its sha256, so it was edited by hand or damaged")
-    signer = entry.get("signer")
-    if signer is not None and not isinstance(signer, str):
-        raise ValueError(f"{what}: signer is not text")
-    return Build(variant, entry["sha256"], files, signer)
+    signer, issuer = entry.get("signer"), entry.get("issuer")
+    if not all(who is None or isinstance(who, str) for who in (signer, issuer)):
+        raise ValueError(f"{what}: its signer is not text")
+    return Build(variant, entry["sha256"], files, signer, issuer)

@@ -21,6 +21,7 @@ from slipstream.trust.lock import File
 
 METADATA = "metadata.json"
 BUNDLE = "metadata.json.sigstore"
+_ISSUER = "1.3.6.1.4.1.57264.1.1"  # Sigstore's extension of a certificate
 _ROOT = "https%3A%2F%2Ftuf-repo-cdn.sigstore.dev/trusted_root.json"
 
 
@@ -73,15 +74,18 @@ def signed_by(metadata: bytes, bundle: bytes, files: Mapping[str, File], root: P
     return seen.found
 
 
-def identity_of(certificate: Any) -> str:
+def identity_of(certificate: Any) -> tuple[str, str]:
+    """To whom it was issued, and who vouched for that name."""
     from cryptography.x509 import ExtensionNotFound, RFC822Name, SubjectAlternativeName, UniformResourceIdentifier
 
     try:
         names = certificate.extensions.get_extension_for_class(SubjectAlternativeName).value
     except ExtensionNotFound:
-        return "nobody"
+        return "nobody", "nobody"
     kinds = (UniformResourceIdentifier, RFC822Name)
-    return ", ".join(n for kind in kinds for n in names.get_values_for_type(kind)) or "nobody"
+    issuers = [e.value.value for e in certificate.extensions if e.oid.dotted_string == _ISSUER]
+    issuer = issuers[0].decode(errors="replace") if issuers else "nobody"
+    return ", ".join(n for kind in kinds for n in names.get_values_for_type(kind)) or "nobody", issuer
 
 
 def check_signer(certificate: Any, repo: str, signers: tuple[Signer, ...]) -> None:
@@ -103,8 +107,9 @@ def check_signer(certificate: Any, repo: str, signers: tuple[Signer, ...]) -> No
         except VerificationError:
             continue
         return
+    who, issuer = identity_of(certificate)
     raise TrustError(
-        f"it is signed by {identity_of(certificate)}, whom the policy does not list as a signer for {repo}; add a [[signers]] "
+        f"it is signed by {who} (says {issuer}), whom the policy does not list as a signer for {repo}; add a [[signers]] "
         "entry if it is to be trusted"
     )
 

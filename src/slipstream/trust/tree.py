@@ -15,6 +15,7 @@ from slipstream.trust.lock import Build, File, bad_name, tree_sha256
 
 _CHUNK = 1 << 20
 _MAX_FILES = 20_000
+_TEXTS = (".py", ".json", ".sigstore")  # what is used from memory
 
 
 def hash_tree(folder: Path) -> dict[str, File]:
@@ -56,14 +57,14 @@ def verify(folder: Path, build: Build, target: Path | None = None) -> dict[str, 
                 size += len(chunk)
                 if copy is not None:
                     copy.write(chunk)
-                if name.endswith((".py", ".json", ".sigstore")):
+                if name.endswith(_TEXTS):
                     kept.append(chunk)
         found[name] = File(size, digest.hexdigest())
         if size != pinned.size:
             wrong.append(f"{name} has not the {pinned.size:,} bytes that were pinned")
         elif found[name] != pinned:
             wrong.append(f"{name} differs: SHA-256 {digest.hexdigest()[:16]}..., pinned {pinned.sha256[:16]}...")
-        elif kept:
+        elif name.endswith(_TEXTS):
             texts[name] = b"".join(kept)
     if wrong:
         raise TrustError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
