@@ -27,7 +27,7 @@ Tell = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One candidate: its error, as a part of the reference's largest number, and for each batch size the seconds of a call.
+    """One candidate: its error, as ops/sample.py measures it, and for each batch size the seconds of a call.
 
     Attributes:
         why: it was not timed, and this is why.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slipstream.cli.kernels_bench import bench
 from slipstream.cli.kernels_lock import COLUMNS, LockFile, PolicyFile, described, lock, row
 from slipstream.cli.options import AsJson, EngineOptions, flat
 from slipstream.cli.show import Table, print_json, print_tables
@@ -28,6 +29,7 @@ of every one of its files; docs/security.md says what is checked when.
   slipstream kernels list
   slipstream kernels verify
   slipstream kernels audit --model smollm2-135m-instruct --cyclonedx bom.json
+  slipstream kernels bench norm --model gpt-oss-20b --plot norm.png
 """
 
 
@@ -143,7 +145,7 @@ def audit(
         )
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (pinned, lock, verify, audit)
+COMMANDS: tuple[Callable[..., None], ...] = (pinned, lock, verify, audit, bench)
 
 
 def _loaded(model: str | None, engine: EngineOptions) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slipstream.cli.bench import Status, parse_sizes
+from slipstream.cli.kernels_lock import LockFile, PolicyFile
 from slipstream.cli.options import AsJson, flat
 from slipstream.cli.show import Table, note, print_json, print_tables
 from slipstream.errors import ConfigError
@@ -45,12 +46,8 @@ def bench(
         str | None, typer.Option(help="float32, bfloat16 or float16. Default: the model's.", show_default=False)
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Calls that are timed; their median counts.")] = 20,
-    kernels_lock: Annotated[
-        str | None, typer.Option(metavar="FILE", help="As for `generate`.", show_default=False)
-    ] = None,
-    kernels_policy: Annotated[
-        str | None, typer.Option(metavar="FILE", help="As for `generate`.", show_default=False)
-    ] = None,
+    lock: LockFile = None,
+    policy: PolicyFile = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw time over batch size.", show_default=False)
     ] = None,
@@ -71,8 +68,8 @@ def bench(
     with Status() as status:
         report = bench_kernels(
             op, batches=list(dict.fromkeys(map(int, batch.split(",")))), names=candidates or (), shape=_sizes(shape or []),
-            model=None if model is None else _config(model), device=device, dtype=dtype, lock=kernels_lock,
-            policy=kernels_policy, repeats=repeats, tell=status,
+            model=None if model is None else _config(model), device=device, dtype=dtype, lock=lock,
+            policy=policy, repeats=repeats, tell=status,
         )  # fmt: skip
     if plot is not None:
         draw(report, plot)

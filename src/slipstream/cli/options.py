@@ -338,7 +338,7 @@ def option_name(field: str) -> str | None:
     field = {"stop_token_ids": "stop_token_id", "max_shard_bytes": "max_shard_size"}.get(field, field)
     names = {f.name for kind in (AnswerOptions, EngineOptions) for f in fields(kind)}
     names |= {"reasoning_effort", "to", "modules", "skip", "group_size", "max_shard_size", "text"}
-    names |= {"batch_size", "input_len", "output_len", "num_prompts", "against"}
+    names |= {"batch_size", "input_len", "output_len", "num_prompts", "against", "shape", "plot"}
     return f"--{field.replace('_', '-')}" if field in names else None
 
 

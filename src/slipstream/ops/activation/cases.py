@@ -14,7 +14,7 @@ from slipstream.ops.sample import Run, Sample, draw
 SMALL = {"inner": 96, "kind": "silu"}
 
 
-def checks(case: Case) -> list[dict[str, Any]]:
+def checks(case: Case, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"kind": kind} for kind in case.get("kinds", ("silu",))]
 
 
@@ -29,7 +29,7 @@ def facts(shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sample(case: Case, tokens: int, shape: Mapping[str, Any]) -> Sample:
-    x = draw(4, tokens, 2 * shape["inner"], dtype=getattr(torch, case.dtype), device=case.device) * 4
+    x = draw(4, tokens, 2 * shape["inner"], dtype=getattr(torch, case.dtype), device=case.device) * 2
 
     def bind(activation: Any) -> Run:
         return lambda: activation(x, shape["kind"], 7.0)

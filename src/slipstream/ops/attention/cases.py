@@ -17,7 +17,7 @@ from slipstream.request import Chunk, PageTable
 SMALL = {"heads": 6, "kv_heads": 2, "head_dim": 64, "context": 50, "window": None, "page_size": 16, "prompt": 0}
 
 
-def checks(case: Case) -> list[dict[str, Any]]:
+def checks(case: Case, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
     size = {"head_dim": case.get("head_dim")} if case.get("head_dim") else {}
     return [{**size}, {**size, "prompt": 21}, {**size, "window": 19, "prompt": 21}]
 

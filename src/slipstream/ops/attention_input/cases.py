@@ -16,8 +16,8 @@ from slipstream.ops.sample import Run, Sample, draw
 SMALL = {"heads": 6, "kv_heads": 2, "head_dim": 64, "rotated": 64}
 
 
-def checks(case: Case) -> list[dict[str, Any]]:
-    return [{}, {"rotated": 48}]
+def checks(case: Case, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{}, {"rotated": shape["head_dim"] // 4 * 2}]
 
 
 def shape_of(config: ModelConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from slipstream.ops.sample import Run, Sample, draw
 SMALL = {"experts": 5, "top_k": 2, "hidden": 256, "inner": 128, "kind": "swiglu_clamped", "format": "dense"}
 
 
-def checks(case: Case) -> list[dict[str, Any]]:
+def checks(case: Case, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
     formats, kinds = case.get("formats") or ("dense",), case.get("kinds") or ("swiglu_clamped",)
     return [{"format": format, "kind": kind} for format in sorted(formats) for kind in sorted(kinds)]
 

@@ -14,8 +14,8 @@ from slipstream.ops.sample import Run, Sample, draw
 SMALL = {"width": 96, "delta": True}
 
 
-def checks(case: Case) -> list[dict[str, Any]]:
-    """The shapes that a new implementation is held against the reference with."""
+def checks(case: Case, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What to change in the shape, for each call that a new implementation is held against the reference with."""
     return [{}, {"delta": False}]
 
 
