@@ -221,3 +221,18 @@ def test_rows_of_a_step() -> None:
     assert [(c.first, c.end, c.slots) for c in batch.groups[0].contexts] == [
         (0, 6, slice(0, 6)), (0, 3, slice(13, 16)), (0, 1, slice(25, 26)),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [slice(None), slice(20, None)])
+def test_the_cache_is_seen_as_slots_without_a_copy(cut: slice) -> None:
+    """A sliding cache is a part of one."""
+    from slipstream.bridge.attention import _slots
+
+    key, value = (t[:, :, cut] for t in torch.randn(2, 3, 2, 50, 16))
+    keys, values, stride = _slots(key, value, copies=False)
+    assert keys.data_ptr() == key.data_ptr() and values.data_ptr() == value.data_ptr()
+    for i in range(3):
+        rows = slice(i * stride, i * stride + key.shape[2])
+        assert torch.equal(keys[rows], key[i].transpose(0, 1)) and torch.equal(values[rows], value[i].transpose(0, 1))
+    keys, values, stride = _slots(key, value, copies=True)
+    assert stride == key.shape[2] and torch.equal(keys.view(3, stride, 2, 16), key.transpose(1, 2))

@@ -193,6 +193,19 @@ def test_what_is_forced_and_not_pinned_is_not_trusted(model: Path, home: Path) -
         plan(model, kernels={"activation": str(act)}, **options)
 
 
+def test_by_itself_what_is_not_what_was_pinned_is_passed_over_aloud(
+    model: Path, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    act = repos.publish(repos.ACTIVATION, home / "act")
+    monkeypatch.setattr(candidate, "KNOWN", {"activation": (str(act),)})
+    options = repos.pin(home, act)
+    (act / "build/torch-cpu/__init__.py").write_text(OFF)
+    with caplog.at_level("WARNING", logger="slipstream"):
+        found = row(plan(model, kernels="auto", **options), "activation")
+    assert found["implementation"] == "reference" and "None of it was run" in found["rejected"][0]["why"]
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "is not trusted" in caplog.text
+
+
 def test_batch_invariance_is_not_given_up_for_a_kernel(model: Path, home: Path) -> None:
     act = repos.publish(repos.ACTIVATION, home / "act")
     with pytest.raises(KernelError, match="same bits in any batch is not known"):

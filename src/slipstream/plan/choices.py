@@ -23,8 +23,10 @@ from slipstream.ops.used import Used
 from slipstream.trust import Policy
 
 log = logging.getLogger(__name__)
-# Implementations that bring numbers to the host in the middle of a step, or build their inputs there; experts' kernels say so.
+# Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
 WAITING = {
+    ("moe", "loop"),
+    ("moe", "reference"),
     ("attention", "sdpa"),
     ("attention", "reference"),
     ("linear", "reference"),

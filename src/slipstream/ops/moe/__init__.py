@@ -44,13 +44,13 @@ class ExpertsKernel:
 def _reference() -> ExpertsKernel:
     from slipstream.ops.moe.reference import experts
 
-    return ExpertsKernel(experts, waits=True)
+    return ExpertsKernel(experts)
 
 
 def _loop() -> ExpertsKernel:
     from slipstream.ops.moe.loop import experts
 
-    return ExpertsKernel(experts, waits=True)
+    return ExpertsKernel(experts)
 
 
 def _triton() -> ExpertsKernel:
