@@ -71,6 +71,7 @@ def lock(
         pins[pin.repo] = pin
         fetched[pin.repo] = _fetch(pin, rules, new_policy=not files.policy_path.exists())
     made = Lock(pins, files.lock_path)
+    Lock.parse(made.text().encode(), files.lock_path)  # what could not be read again is not written
     shown = [
         described(pins[r], b) | {"review": str(fetched[r] or "")} for r in fetched for b in pins[r].builds.values()
     ]

@@ -211,7 +211,7 @@ def _check_metadata(pin: Pin, build: Build, texts: dict[str, bytes]) -> str:
         metadata = Metadata.from_bytes(texts[METADATA])
     except (ValueError, KeyError) as e:
         raise KernelError(f"{pin.repo}: the metadata of {build.variant} is not understood: {e}") from e
-    if metadata.version != pin.version:
+    if metadata.version is not None and metadata.version != pin.version:
         raise TrustError(f"its metadata says version {metadata.version}, and the lock {pin.version}")
     stated = {d["repo-id"] for d in json.loads(texts[METADATA]).get("kernel-depends", [])}
     if not stated <= set(pin.depends):
