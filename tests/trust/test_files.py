@@ -102,6 +102,24 @@ def test_patterns(pattern: str, repo: str, answer: bool) -> None:
     assert matches(pattern, repo) is answer
 
 
+def test_kernels_that_need_each_other() -> None:
+    files = {"__init__.py": File(1, "ab" * 32)}
+    builds = {"torch-cpu": Build("torch-cpu", tree_sha256(files), files)}
+    needs = {
+        "acme/a": ("acme/b",),
+        "acme/b": ("acme/c",),
+        "acme/c": ("acme/a",),
+        "acme/d": ("acme/e", "acme/e"),
+        "acme/e": (),
+    }
+    pins = {n: Pin(n, "0" * 40, 1, builds, needed) for n, needed in needs.items()}
+    policy = Policy(Lock(pins), ("acme/*",), hub=True)
+    assert "need each other" in (policy.why_not("acme/b") or "")
+    assert policy.why_not("acme/d") is None
+    without = Policy(Lock({n: p for n, p in pins.items() if n != "acme/e"}), ("acme/*",), hub=True)
+    assert "it needs acme/e: it is not in" in (without.why_not("acme/d:Layer") or "")
+
+
 def test_named_files_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.chdir(tmp_path)
