@@ -35,6 +35,7 @@ TORCH_FREE = (
     "slipstream.cache.budget",
     "slipstream.cache.pool",
     "slipstream.cache.pages", "slipstream.scheduler", "slipstream.tokenizer", "slipstream.chat", "slipstream.harmony",
+    "slipstream.trust", "slipstream.trust.audit", "slipstream.ops.hub",
     "slipstream.sources", "slipstream.checkpoint.safetensors", "slipstream.checkpoint.gguf",
     "slipstream.checkpoint.open", "slipstream.ops.choose",
 )  # fmt: skip

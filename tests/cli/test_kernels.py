@@ -92,6 +92,12 @@ def test_what_the_policy_does_not_allow_is_not_even_looked_at(ready: World, slip
     assert ran.code == 6 and "does not list it" in ran.err and not ready.hub.asked
 
 
+@pytest.mark.parametrize("name", ["scale", "./nothing", "acme/scale:Layer/x", "a/b/c", "-x/y", "acme/..", ""])
+def test_names_that_are_none(ready: World, slipstream: Run, name: str) -> None:
+    ran = slipstream("kernels", "lock", "--yes", "--", name)
+    assert ran.code in (2, 6) and len(ran.err.splitlines()) == 1 and not ready.hub.asked
+
+
 def test_the_newest_version_is_pinned_and_going_back_is_said(ready: World, slipstream: Run) -> None:
     for version in (2, 10, 9):
         ready.publish(REPO, version=version, gain=version)

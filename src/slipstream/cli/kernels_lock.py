@@ -71,6 +71,7 @@ def lock(
         pins[pin.repo] = pin
         fetched[pin.repo] = _fetch(pin, rules, new_policy=not files.policy_path.exists())
     made = Lock(pins, files.lock_path)
+    Lock.parse(made.text().encode(), files.lock_path)  # what could not be read again is not written
     shown = [
         described(pins[r], b) | {"review": str(fetched[r] or "")} for r in fetched for b in pins[r].builds.values()
     ]
@@ -171,6 +172,8 @@ def _pins(
         if repo in seen:
             continue
         seen.add(repo)
+        if not is_repo(repo) and not Path(repo).is_dir():
+            raise TrustError(f"{repo} is no folder, and a repository of the Hub is written org/name")
         if why := rules.allows(repo):
             raise TrustError(f"{repo}: {why}. Whoever is responsible for that file must list it there first")
         try:

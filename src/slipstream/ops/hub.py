@@ -20,7 +20,7 @@ from slipstream.trust import Build, Pin, Policy, tree
 from slipstream.trust.fetch import Store, build_folder, download
 from slipstream.trust.imports import VerifiedPackage, forget, import_verified, packages
 from slipstream.trust.policy import refusal, split_layer
-from slipstream.trust.signature import BUNDLE, METADATA, check_signer, signed_by
+from slipstream.trust.signature import BUNDLE, METADATA, check_signer, identity_of, signed_by
 
 # What of the environment would put other code in the place of a pinned kernel, or the same by another program's hand.
 _OVERRIDES = {
@@ -167,7 +167,7 @@ def _signer(pin: Pin, build: Build, texts: dict[str, bytes], policy: Policy) -> 
         return None
     certificate = signed_by(texts[METADATA], texts[BUNDLE], build.files, policy.trusted_root)
     check_signer(certificate, pin.repo, policy.signers)
-    return build.signer
+    return identity_of(certificate)[0]
 
 
 def _already(pin: Pin, build: Build) -> Opened | None:
@@ -211,7 +211,7 @@ def _check_metadata(pin: Pin, build: Build, texts: dict[str, bytes]) -> str:
         metadata = Metadata.from_bytes(texts[METADATA])
     except (ValueError, KeyError) as e:
         raise KernelError(f"{pin.repo}: the metadata of {build.variant} is not understood: {e}") from e
-    if metadata.version != pin.version:
+    if metadata.version is not None and metadata.version != pin.version:
         raise TrustError(f"its metadata says version {metadata.version}, and the lock {pin.version}")
     stated = {d["repo-id"] for d in json.loads(texts[METADATA]).get("kernel-depends", [])}
     if not stated <= set(pin.depends):

@@ -46,8 +46,8 @@ def pin_from_hub(
     read: dict[str, bytes] = {}  # by its id in git: builds share most of their Python
     for entry in entries:
         variant, _, name = entry.path.removeprefix("build/").partition("/")
-        if not name or entry.path.count("..") or bad_name(name):
-            raise TrustError(f"{entry.path}: {bad_name(name or entry.path) or 'it belongs to no build'}")
+        if why := bad_name(entry.path) or (None if name else "it belongs to no build"):
+            raise TrustError(f"{entry.path!r}: {why}")
         if entry.lfs is not None:
             file = File(entry.lfs.size, entry.lfs.sha256)
         else:

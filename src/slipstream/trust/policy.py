@@ -131,7 +131,9 @@ class Policy:
         before = self.recorded.get(repo)
         if before is not None and (pin.version is None or pin.version < before):
             return f"the lock was rolled back: it has version {pin.version}, and had {before} when it was accepted"
-        for needed in set(pin.depends) - seen:
+        for needed in pin.depends:
+            if needed in seen | {repo}:
+                return f"it and {needed} need each other"
             if why := self._why_not(needed, seen | {repo}):
                 return f"it needs {needed}: {why}"
         return None
