@@ -186,6 +186,9 @@ def test_models_that_it_does_not_take(tmp_path: Path) -> None:
         kernelize(model.eval(), {"linear": "a/b"})
     with pytest.raises(KernelError, match="no implementation is called 'fast'"):
         kernelize(model, {"norm": "fast"})
+    for op in ("rotary", "moe"):
+        with pytest.raises(KernelError, match=f"{op}: 'torch' was asked for, but no layer"):
+            kernelize(model, {op: "torch"})
 
 
 def test_kernels_of_repositories_under_the_same_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

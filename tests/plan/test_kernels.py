@@ -120,6 +120,9 @@ def test_experts_in_mxfp4_stay_so_with_other_kernels_beside(home: Path) -> None:
     llm.generate(PROMPTS, GREEDY)
     assert llm.plan.ops.used.calls["moe", str(experts)] == 2 * 8
     assert llm.plan.ops.used.calls["norm", both["norm"]] == 5 * 8
+    assert llm.plan.why["activation"] == f"is part of moe[{experts}], so nothing calls reference"
+    with pytest.raises(KernelError, match="activation: 'reference' was asked for, but it is part of moe"):
+        plan_random(folder, kernels=both | {"activation": "reference"}, **options)
 
 
 def plan_random(folder: Path, **options: Any) -> Plan:
@@ -204,6 +207,21 @@ def test_by_itself_what_is_not_what_was_pinned_is_passed_over_aloud(
         found = row(plan(model, kernels="auto", **options), "activation")
     assert found["implementation"] == "reference" and "None of it was run" in found["rejected"][0]["why"]
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "is not trusted" in caplog.text
+
+
+def test_what_would_do_nothing_is_not_taken_in_silence(model: Path, home: Path) -> None:
+    with pytest.raises(KernelError, match="moe: 'loop' was asked for, but this model has no experts"):
+        plan(model, kernels={"moe": "loop"})
+
+
+def test_norms_of_heads_stay_with_the_fused_op(home: Path) -> None:
+    from tests.parity.tiny import save
+
+    save("qwen3", home / "model")
+    norm = repos.publish(repos.LIGER, home / "norm")
+    made = plan(home / "model", kernels={"norm": str(norm)}, **repos.pin(home, norm))
+    assert made.why["norms of heads"] == f"are part of attention_input[torch]; {norm} computes all others"
+    assert "norms of heads" not in plan(home / "model").why
 
 
 def test_batch_invariance_is_not_given_up_for_a_kernel(model: Path, home: Path) -> None:

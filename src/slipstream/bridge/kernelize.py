@@ -56,11 +56,19 @@ class Bridge:
                 self._mlps()
                 self._experts()
                 self._attention()
+            self._check_named()
         except BaseException:
             self.report.undo()
             raise
         self.report.layers = list(self._layers())
         return self.report
+
+    def _check_named(self) -> None:
+        """Nothing that was named is left out in silence."""
+        taken = {choice.op for choice, _ in self.fates.values() if choice is not None}
+        for op, name in self.asked.kernels_asked.named.items():
+            if op not in taken:
+                raise KernelError(f"{op}: {name!r} was asked for, but no layer of this model can be given it")
 
     def _pick(self, op: str, impls: Any, **facts: Any) -> Choice:
         """The choice for layers of one kind, made once."""

@@ -94,7 +94,7 @@ def fingerprint(plan: Plan) -> str:
     facts = (
         triton.__version__, torch.__version__, plan.hardware.name, plan.hardware.capability, plan.model_config,
         plan.dtype, plan.page_size, plan.max_model_len, plan.max_num_seqs, plan.max_num_batched_tokens, plan.cuda_graphs,
-        plan.async_scheduling, *((c.op, c.name, c.source) for c in plan.choices),
+        plan.async_scheduling, *((c.op, c.name, c.source.partition(", from")[0]) for c in plan.choices),
         *((item.to, item.held, item.shape) for item in plan.loads),
     )  # fmt: skip
     found.update(repr(facts).encode())

@@ -96,7 +96,8 @@ class Candidate:
         if found is None:
             return ""
         revision = f"@{found.revision[:12]}" if found.revision else ""
-        return f"{found.repo}{revision}, {found.variant}, sha256 {found.sha256[:16]}, from {found.where}"
+        checked = f"error {self.error:.1e} against the reference"
+        return f"{found.repo}{revision}, {found.variant}, sha256 {found.sha256[:16]}, from {found.where}, {checked}"
 
     def _judge(self, case: Case) -> str | None:
         if case.batch_invariant:

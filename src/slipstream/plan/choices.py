@@ -13,7 +13,7 @@ from slipstream.checkpoint.open import Checkpoint
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import KernelError
 from slipstream.hardware import Hardware
-from slipstream.layers.mlp import MoE
+from slipstream.layers.mlp import MLP, MoE
 from slipstream.layers.ops import ExpertsChoice, Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.ops import activation, attention, attention_input, candidate, linear, moe, norm, router, sampling
@@ -148,6 +148,28 @@ def experts_choice(
     kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
     table.experts.kernel = kernel if table.used is None else table.used.counted(choice, kernel)
     return [choice]
+
+
+def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice], why: dict[str, str]) -> None:
+    """Say what a fused kernel takes over from another op.
+
+    Raises:
+        KernelError: of an implementation that was named, nothing would be left to do.
+    """
+    named, chosen = asked.kernels_asked.named, {c.op: c for c in choices}
+    experts, norms = chosen.get("moe"), chosen["norm"]
+    if "moe" in named and experts is None:
+        raise KernelError(f"moe: {named['moe']!r} was asked for, but this model has no experts")
+    dense = any(isinstance(m, MLP) for m in model.modules())
+    if experts is not None and experts.fn.prepare is not None and not dense:
+        why["activation"] = f"is part of moe[{experts.name}], so nothing calls {chosen['activation'].name}"
+        if "activation" in named:
+            raise KernelError(
+                f"activation: {named['activation']!r} was asked for, but it {why['activation']}; moe_implementation='loop' would"
+            )
+    if norms.source and any(getattr(m, "qk_norm", None) == "head" for m in model.modules()):
+        entry = chosen["attention_input"]
+        why["norms of heads"] = f"are part of attention_input[{entry.name}]; {norms.name} computes all others"
 
 
 def linear_choices(
