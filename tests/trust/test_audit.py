@@ -16,6 +16,7 @@ import pytest
 from slipstream.trust import audit
 from slipstream.trust.audit import Piece
 from slipstream.trust.cyclonedx import bill
+from tests.trust.world import World
 
 TYPES = {
     "application", "framework", "library", "container", "platform", "operating-system", "device", "device-driver",
@@ -84,6 +85,27 @@ def test_machine_code_of_triton_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert piece.details["kernels"] == "_add_norm" and not piece.native
     assert piece.details["binaries"] == f"_add_norm {hashlib.sha256(compiled.asm['cubin']).hexdigest()}"
     assert piece.sha256 == hashlib.sha256(Path(norm.__file__ or "").read_bytes()).hexdigest()
+
+
+def test_kernels_of_ours_and_of_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel whose files were changed after it was imported, and one that the kernels library imported under no policy."""
+    import kernels
+    from huggingface_hub import constants
+
+    from slipstream.ops.hub import open_kernel
+
+    monkeypatch.setattr(audit, "MAPS", world.folder / "no such file")
+    commit = world.publish("acme/scale")
+    pin = world.pin("acme/scale")
+    found = open_kernel("acme/scale", "cpu", world.policy(pin))
+    theirs = kernels.get_local_kernel(world.local("theirs", gain=9))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pieces = {p.kind: p for p in audit.audit() if p.kind in ("hub", "foreign")}
+    assert pieces["hub"].matches and pieces["hub"].sha256 == found.sha256 and commit in pieces["hub"].origin
+    assert pieces["hub"].size == pin.builds["torch-cpu"].size
+    assert pieces["foreign"].path == str(Path(theirs.__file__).parent) and pieces["foreign"].matches is None
+    (found.where / "table.bin").unlink()
+    assert [p.matches for p in audit.audit() if p.kind == "hub"] == [False]
 
 
 PIECES = [

@@ -112,9 +112,9 @@ def audit(
 ) -> None:
     """List every piece of native or downloaded code in the process.
 
-    Kernels of the Hub, sources of Triton kernels, libraries that slipstream compiled here, and every shared library that is
-    mapped, with its SHA-256 and the package that it belongs to. With --model it is the process of a loaded model that has
-    answered once.
+    Kernels of the Hub, code that other libraries downloaded, sources of Triton kernels, libraries that slipstream compiled
+    here, and every shared library that is mapped, with its SHA-256 and the package that it belongs to. With --model it is
+    the process of a loaded model that has answered once.
     """
     from slipstream import __version__
     from slipstream.cli.show import plain
@@ -140,8 +140,8 @@ def audit(
     del llm
     if differ := [p for p in pieces if p.matches is False]:
         raise TrustError(
-            f"{len(differ)} files are not what their package lists, the first is {differ[0].path} of {differ[0].origin}; "
-            f"install it again"
+            f"{len(differ)} pieces are not what their package or the lock lists; the first is {differ[0].path} of "
+            f"{differ[0].origin}; install or fetch it again"
         )
 
 

@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from slipstream.config.paths import cache_root
+from slipstream.errors import TrustError
 from slipstream.trust.imports import packages
-from slipstream.trust.lock import is_native
+from slipstream.trust.lock import is_native, tree_sha256
+from slipstream.trust.tree import hash_tree
 
 MAPS = Path("/proc/self/maps")
 
@@ -27,12 +29,13 @@ class Piece:
     """One piece of code.
 
     Attributes:
-        kind: hub (a kernel that was downloaded or lies in a folder), triton (source of ours, compiled by Triton), compiled (a
+        kind: hub (a kernel that was downloaded or lies in a folder), foreign (downloaded by another library of this process, so
+            under no policy of ours), triton (source of ours, compiled by Triton), compiled (a
             library that slipstream compiled here), package, python, or system (libraries of an installed package, of Python, of
             neither).
         sha256: of the file, or of the tree.
         origin: package and version, org/repo@commit, or what else is known.
-        matches: whether the file is what its package's own list says; None where there is no such list.
+        matches: whether it is what its package's own list says, or for a kernel the lock; None where there is no such list.
     """
 
     kind: str
@@ -50,8 +53,8 @@ class Piece:
 def audit() -> list[Piece]:
     """Everything native or downloaded in this process as it is now."""
     owners = {owner.path: owner for owner in _owned()}
-    found = [*_kernels(), *_triton()]
-    stores = {p.path for p in found if p.kind == "hub"}
+    found = [*_kernels(), *_foreign(), *_triton()]
+    stores = {p.path for p in found if p.kind in ("hub", "foreign")}
     for path in mapped_files(MAPS):
         if not any(path.is_relative_to(s) for s in stores):
             found.append(_library(path, owners.get(str(path))))
@@ -69,7 +72,7 @@ def mapped_files(maps: Path) -> list[Path]:
     return sorted({Path(c[5]) for c in columns if len(c) == 6 and "x" in c[1] and c[5].startswith("/")})
 
 
-_KINDS = ("hub", "triton", "compiled", "package", "python", "system")
+_KINDS = ("hub", "foreign", "triton", "compiled", "package", "python", "system")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +133,40 @@ def _kernels() -> Iterator[Piece]:
         native = any(is_native(p.name) for p in files)
         version = None if opened.version is None else str(opened.version)
         size = sum(p.stat().st_size for p in files)
-        yield Piece(
-            "hub", opened.repo, str(opened.where), opened.sha256, size, origin, version, native, True, details
-        )  # fmt: skip
+        sha256 = _tree_hash(opened.where)
+        same = sha256 == opened.sha256
+        yield Piece("hub", opened.repo, str(opened.where), sha256, size, origin, version, native, same, details)
+
+
+def _foreign() -> Iterator[Piece]:
+    """What the `kernels` library or `transformers` (remote code) fetched and imported beside us, if they are here at all."""
+    for loaded in getattr(sys.modules.get("kernels"), "get_loaded_kernels", list)():
+        where = Path(str(loaded.module.__file__)).parent
+        info = loaded.repo_info
+        origin = f"{info.repo_id}@{info.revision}" if info else "a folder or a lock of the kernels library"
+        yield _folder(str(loaded.metadata.name), where, origin)
+    folders = {
+        Path(str(m.__file__)).parent: name
+        for name, m in list(sys.modules.items())
+        if name.startswith("transformers_modules.") and getattr(m, "__file__", None)
+    }
+    for where, name in folders.items():
+        yield _folder(name, where, "remote code of transformers")
+
+
+def _folder(name: str, where: Path, origin: str) -> Piece:
+    files = [p for p in where.rglob("*") if p.is_file()]
+    native = any(is_native(p.name) for p in files)
+    size = sum(p.stat().st_size for p in files)
+    return Piece("foreign", name, str(where), _tree_hash(where), size, origin, None, native)
+
+
+def _tree_hash(where: Path) -> str:
+    """Empty where there is something that no pinned tree may have, such as links or bytecode."""
+    try:
+        return tree_sha256(hash_tree(where))
+    except TrustError:
+        return ""
 
 
 def _triton() -> Iterator[Piece]:

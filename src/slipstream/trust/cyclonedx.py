@@ -54,7 +54,7 @@ def _component(number: int, piece: Piece) -> dict[str, Any]:
     if piece.matches is not None:
         properties["matches"] = str(piece.matches).lower()
     component: dict[str, Any] = {
-        "type": "library" if piece.kind == "hub" else "file",
+        "type": "library" if piece.kind in ("hub", "foreign") else "file",
         "bom-ref": f"{piece.kind}-{number}",
         "name": piece.name,
         "properties": [{"name": f"slipstream:{k}", "value": v} for k, v in sorted(properties.items())],
@@ -71,7 +71,7 @@ def _component(number: int, piece: Piece) -> dict[str, Any]:
 
 def _purl(piece: Piece) -> str | None:
     """A package URL where the piece comes from a registry that has them."""
-    if piece.kind == "hub" and "@" in piece.origin and not Path(piece.name).is_absolute():
+    if piece.kind in ("hub", "foreign") and "@" in piece.origin and not Path(piece.name).is_absolute():
         repo, _, commit = piece.origin.rpartition("@")
         return f"pkg:huggingface/{quote(repo)}@{commit}"
     if piece.kind == "package":
