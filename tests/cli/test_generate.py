@@ -94,7 +94,11 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
         kernels_lock="my.lock", kernels_policy="my.toml",
     )  # fmt: skip
     for f in dataclasses.fields(EngineConfig):
-        if f.name not in ("seed", "tensor_parallel_size", "count_calls"):  # --seed is the request's; ranks would be started
+        if f.name not in (
+            "seed",
+            "tensor_parallel_size",
+            "count_calls",
+        ):  # --seed is the request's; ranks would be started
             assert getattr(given, f.name) != getattr(EngineConfig(), f.name), f.name
     words = shlex.split("""--device cpu --dtype float32 --quantization dequantize --max-model-len 64 --max-num-seqs 3
         --max-num-batched-tokens 32 --kv-cache-memory-bytes 3MiB --gpu-memory-utilization 0.4 --page-size 8
