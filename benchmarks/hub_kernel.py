@@ -8,7 +8,8 @@ gpt-oss-20b shapes in MXFP4 with it:
 - hub.norm and hub.activation: microseconds a call at batch 1 to 256, its and ours, each checked against the reference first. The
   picture is docs/hub_kernel.png. In the model itself our experts' kernel has the activation inside, so there is no call of one.
 
-    python benchmarks/hub_kernel.py
+    python benchmarks/hub_kernel.py                            # wants `kernels`; and matplotlib for the pictures
+    python benchmarks/hub_kernel.py --draw                     # the pictures alone, from the records
     python benchmarks/hub_kernel.py --device cpu --tiny        # the same script, tried without a GPU; records nothing
 """
 
@@ -26,8 +27,9 @@ from typing import Any
 from record import ROOT, record
 
 from slipstream import LLM, SamplingParams
-from slipstream.bench.kernels import KernelReport, bench_kernels, plot
+from slipstream.bench.kernels import KernelReport, Line, bench_kernels, plot
 from slipstream.cli.main import run as command
+from slipstream.errors import ConfigError
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PACKAGES = ("torch", "triton", "kernels")
@@ -183,6 +185,19 @@ def compare(
     return report
 
 
+def draw() -> None:
+    """The pictures, from the last records."""
+    lines = (ROOT / "benchmarks/results/hub.jsonl").read_text().splitlines()
+    last = {found["claim"]: found for found in map(json.loads, lines)}
+    for op, name in (("norm", "hub_kernel.png"), ("activation", "hub_kernel_activation.png")):
+        found = last[f"hub.{op}"]
+        timed = tuple(
+            Line(name, "", found["errors"][name], {int(b): t / 1e6 for b, t in times.items()})
+            for name, times in found["microseconds"].items()
+        )
+        plot(KernelReport(op, found["machine"], "cuda", found["dtype"], found["shape"], 0, timed), ROOT / "docs" / name)
+
+
 def short(name: str) -> str:
     return name.rsplit("/", 1)[-1]
 
@@ -192,22 +207,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--model", default="gpt-oss-20b", help="whose shapes are used")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, and records nothing")
+    parser.add_argument("--draw", action="store_true", help="only draw docs/hub_kernel*.png from the last records")
     asked = parser.parse_args()
+    if asked.draw:
+        draw()
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         repository = publish(folder / "slipstream-demo", asked.device)
         pins = {"kernels_lock": str(folder / "kernels.lock"), "kernels_policy": str(folder / "kernels-policy.toml")}
-        words = [
-            "kernels",
-            "lock",
-            str(repository),
-            "--lock",
-            pins["kernels_lock"],
-            "--policy",
-            pins["kernels_policy"],
-            "--yes",
-        ]
-        if command(words):
+        files = ["--lock", pins["kernels_lock"], "--policy", pins["kernels_policy"]]
+        if command(["kernels", "lock", str(repository), *files, "--yes"]):
             raise SystemExit("the repository could not be pinned")
         model, options = asked.model, {"device": asked.device}
         if asked.tiny:
@@ -225,10 +235,7 @@ def main() -> None:
         )  # fmt: skip
     print(json.dumps({"proof": proof, "norm": asdict(norm), "activation": asdict(act)}, indent=1, default=str))
     if asked.tiny:
-        plot(norm, Path(tempfile.gettempdir()) / "hub_kernel.png")
         return
-    plot(norm, ROOT / "docs" / "hub_kernel.png")
-    plot(act, ROOT / "docs" / "hub_kernel_activation.png")
     about: dict[str, Any] = {"versions": PACKAGES, "machine": norm.hardware, "family": "hub"}
     total = sum(n for name, n in proof["calls"].items() if name.startswith("norm["))
     record("hub.proof", total, "calls of the repository's norm", **about, **proof)
@@ -242,6 +249,10 @@ def main() -> None:
             microseconds={short(x.name): {b: round(t * 1e6, 3) for b, t in x.seconds.items()} for x in report.lines},
             errors={short(x.name): x.error for x in report.lines},
         )  # fmt: skip
+    try:
+        draw()
+    except ConfigError as e:
+        print(f"{e}; --draw makes the pictures from the records, on any machine")
 
 
 if __name__ == "__main__":

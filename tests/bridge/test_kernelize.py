@@ -100,7 +100,10 @@ def test_the_report_lists_every_layer(tmp_path: Path) -> None:
     text = str(report)
     assert text.startswith(f"{len(report.changed)} of {len(report.layers)} layers changed")
     assert "3 x GptOssExperts" in text and "a matrix product, which stays torch's" in text
-    assert report.to_dict()["layers"][0]["name"] == report.layers[0].name
+    said = report.to_dict()
+    assert said["layers"][0]["name"] == report.layers[0].name
+    assert {c["op"] for c in said["choices"]} == {"norm", "attention", "moe", "activation"}
+    assert {"implementation": "triton", "why": "is for CUDA devices"} in said["choices"][0]["rejected"]
 
 
 def test_activations_are_found_by_their_numbers(tmp_path: Path) -> None:

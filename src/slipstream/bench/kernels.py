@@ -176,10 +176,15 @@ def plot(report: KernelReport, path: Path) -> None:
         batches = sorted(line.seconds)
         label = f"{line.name.rsplit('/', 1)[-1]} (error {line.error:.1e})"
         axes.plot(batches, [line.seconds[b] * 1e6 for b in batches], marker="o", markersize=4, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the batch", ylabel="microseconds a call")
+    times = [t for line in report.timed for t in line.seconds.values()]
+    axes.set(xscale="log", xlabel="tokens in the batch", ylabel="microseconds a call")
+    if max(times) > 20 * min(times):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     ticks = sorted({b for line in report.timed for b in line.seconds})
     axes.set_xticks(ticks, [str(b) for b in ticks])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     sizes = ", ".join(f"{name} {value}" for name, value in report.shape.items() if value is not None)
     axes.set_title(f"{report.op} in {report.dtype} on {report.hardware}\n{sizes}", fontsize=9)

@@ -60,7 +60,7 @@ class Bridge:
         except BaseException:
             self.report.undo()
             raise
-        self.report.layers = list(self._layers())
+        self.report.layers, self.report.choices = list(self._layers()), list(self._picked.values())
         return self.report
 
     def _check_named(self) -> None:

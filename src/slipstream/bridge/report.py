@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from slipstream.ops.choose import Choice
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -26,9 +28,10 @@ class Layer:
 
 @dataclass(slots=True, eq=False)
 class Report:
-    """All layers, in the model's order."""
+    """All layers, in the model's order, and the choices behind them: each has the implementations that were passed over, and why."""
 
     layers: list[Layer]
+    choices: list[Choice] = field(default_factory=list)
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     @property
@@ -45,11 +48,12 @@ class Report:
             self._undo.pop()()
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "changed": len(self.changed),
-            "left": len(self.left),
-            "layers": [asdict(layer) for layer in self.layers],
-        }
+        choices = [
+            {"op": c.op, "implementation": c.name, "rejected": [{"implementation": n, "why": w} for n, w in c.rejected]}
+            for c in self.choices
+        ]
+        layers = [asdict(layer) for layer in self.layers]
+        return {"changed": len(self.changed), "left": len(self.left), "layers": layers, "choices": choices}
 
     def __str__(self) -> str:
         """One line for layers of one kind with one fate."""
