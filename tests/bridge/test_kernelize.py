@@ -71,7 +71,7 @@ def test_what_changed_really_runs(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("slipstream.bridge.kernelize.pick", counting)
     assert activation and attention and moe and norm
     model = make(name, tmp_path)
-    report = kernelize(model)
+    report = kernelize(model, "builtin")
     used.calls.clear()
     logits(model, ids(1, 9))
     said: dict[str, int] = {}
@@ -150,6 +150,20 @@ def test_a_static_cache(tmp_path: Path) -> None:
     want = model.generate(tokens, **options)
     kernelize(model, "builtin")
     assert torch.equal(model.generate(tokens, **options), want)
+
+
+@pytest.mark.parametrize(("before", "after", "left"), [(2e-6, 9e-6, True), (9e-6, 2e-6, False)])
+def test_by_itself_nothing_becomes_slower(
+    before: float, after: float, left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [before, after] * 2  # of the first norm and the first MLP
+    monkeypatch.setattr("slipstream.bridge.kernelize.seconds", lambda run, device, repeats: times.pop(0))
+    report = kernelize(make("llama", tmp_path))
+    for kind in ("LlamaRMSNorm", "LlamaMLP"):
+        assert (fates(report).get(kind) == {"left"}) is left
+    why = next(layer.why for layer in report.layers if layer.kind == "LlamaMLP")
+    assert ("is slower than it here: 9 us against 2 us for 64 tokens" in why) is left
+    assert not times
 
 
 def test_parameters_keep_their_names_and_numbers(tmp_path: Path) -> None:

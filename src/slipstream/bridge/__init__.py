@@ -22,8 +22,9 @@ def kernelize(model: Any, kernels: Any = "auto", *, policy: Policy | None = None
     """Put kernels into a loaded model, for inference: norms, gated MLPs, attention and experts.
 
     Attention and experts go through the interfaces that transformers has for it; norms and MLPs are exchanged for layers that hold
-    the same parameters under the same names. Each new layer is first held against the one whose place it takes, on a few random
-    numbers, and a layer that gives something else is left as it is. Nothing is computed in another precision.
+    the same parameters under the same names. Each new layer is first held against the one whose place it takes, on random numbers,
+    and a layer that gives something else is left as it is; with auto also one that would take longer (attention is not timed).
+    Nothing is computed in another precision.
 
     Args:
         model: of transformers 5, in eval mode, whole on one device.

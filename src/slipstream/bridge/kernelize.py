@@ -17,9 +17,9 @@ from slipstream.config.kernels import is_repository
 from slipstream.errors import ConfigError, KernelError
 from slipstream.hardware import Hardware, find_hardware
 from slipstream.ops import activation, attention, moe, norm
-from slipstream.ops.candidate import pick
+from slipstream.ops.candidate import SLOWER, TIMED, pick
 from slipstream.ops.choose import Case, Choice
-from slipstream.ops.sample import TOLERANCE
+from slipstream.ops.sample import TOLERANCE, Run, seconds
 from slipstream.plan import dtype_name
 from slipstream.trust import Policy
 
@@ -45,6 +45,7 @@ class Bridge:
         self.hardware: Hardware = find_hardware(self.asked, {})
         self._policy = policy
         self._picked: dict[str, Choice] = {}
+        self._speed: dict[type, str | None] = {}
         self.report = Report([])
         self.fates: dict[str, tuple[Choice | None, str]] = {}
         self.before = list(model.named_modules())
@@ -141,7 +142,10 @@ class Bridge:
             x = self._numbers(old.down_proj.shape[2 if old.is_transposed else 1])
             ids = torch.arange(len(x) * 2, device=self.device).view(-1, 2) % old.num_experts
             shares = self._numbers(2).abs()
-            if why := self._differs(old(x, ids, shares), new(x, ids, shares)):
+            why = self._differs(old(x, ids, shares), new(x, ids, shares))
+            if why := why or self._slower(
+                choice, type(old), partial(old, x, ids, shares), partial(new, x, ids, shares)
+            ):
                 self.fates[name] = None, why
                 continue
             kernels[id(old)] = new
@@ -213,7 +217,7 @@ class Bridge:
             self.fates[path] = choice, choice.reason
 
     def _numbers(self, width: int) -> Tensor:
-        made = torch.randn(7, width, generator=torch.Generator().manual_seed(width))
+        made = torch.randn(TIMED, width, generator=torch.Generator().manual_seed(width))
         return made.to(self.device, self.dtype)
 
     def _differs(self, want: Tensor, got: Tensor) -> str | None:
@@ -222,6 +226,17 @@ class Bridge:
             return None
         return f"the kernel gives other numbers than this layer: they differ by {error:.2g} of the largest"
 
+    def _slower(self, choice: Choice, kind: type, old: Run, new: Run) -> str | None:
+        """With auto: whether the first layer of its kind would take longer than transformers' own."""
+        if self.asked.kernels_asked.word != "auto" or choice.name in self.asked.kernels_asked.named.values():
+            return None
+        if kind not in self._speed:
+            before, after = (seconds(run, self.device, 5) for run in (old, new))
+            self._speed[kind] = None if after <= SLOWER * before else (
+                f"{choice.name} is slower than it here: {after * 1e6:.0f} us against {before * 1e6:.0f} us for {TIMED} tokens"
+            )  # fmt: skip
+        return self._speed[kind]
+
     def _exchange(self, name: str, old: Any, new: Any, choice: Choice, x: Tensor) -> None:
         """Put `new` in the place of `old`, if it gives the same."""
         if hasattr(old, "_hf_hook"):
@@ -229,7 +244,7 @@ class Bridge:
             return
         want = old(x)
         try:
-            why = self._differs(want, new(x))
+            why = self._differs(want, new(x)) or self._slower(choice, type(old), partial(old, x), partial(new, x))
         except RuntimeError as e:
             why = f"the kernel cannot run on it: {e}"
         if why is not None and choice.name in self.asked.kernels_asked.named.values():
