@@ -127,7 +127,18 @@ def test_every_command_is_shown() -> None:
     shown = set(re.findall(r"slipstream (\w+)", "".join(BASH)))
     measured = set(re.findall(r"slipstream bench (\w+)", "".join(BASH)))
     assert measured == {"decode", "prefill", "serve", "load"}
-    assert shown == {"generate", "chat", "batch", "pull", "inspect", "explain", "models", "quantize", "bench"}
+    assert shown == {
+        "generate",
+        "chat",
+        "batch",
+        "pull",
+        "inspect",
+        "explain",
+        "models",
+        "quantize",
+        "bench",
+        "kernels",
+    }
 
 
 # -- names of files and of what is in them -----------------------------------------------------------------------------

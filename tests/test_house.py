@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "slipstream"
 
 # A module imports only what stands before it here. docs/decisions/0001-order-of-modules.md says why it is this order.
 ORDER = (
-    "errors", "request", "config", "cache", "batch", "ops", "parallel", "checkpoint",
+    "errors", "request", "config", "trust", "cache", "batch", "ops", "parallel", "checkpoint",
     "tokenizer_gguf", "tokenizer", "sandbox", "chat", "harmony", "sources", "quantization",
     "layers", "models", "sequence", "scheduler", "hardware", "plan", "engine",
     "conversation", "pump", "llm_batch", "llm", "async_llm", "evaluation", "jobs",
@@ -35,6 +35,7 @@ TORCH_FREE = (
     "slipstream.cache.budget",
     "slipstream.cache.pool",
     "slipstream.cache.pages", "slipstream.scheduler", "slipstream.tokenizer", "slipstream.chat", "slipstream.harmony",
+    "slipstream.trust", "slipstream.trust.audit", "slipstream.ops.hub",
     "slipstream.sources", "slipstream.checkpoint.safetensors", "slipstream.checkpoint.gguf",
     "slipstream.checkpoint.open", "slipstream.ops.choose",
 )  # fmt: skip

@@ -36,7 +36,7 @@ class LLM:
         options: fields of EngineConfig, such as dtype="bfloat16" or max_model_len=4096.
 
     Raises:
-        ConfigError, CheckpointError, KernelError, CapacityError: it cannot run as asked; the message says why.
+        ConfigError, CheckpointError, KernelError, TrustError, CapacityError: it cannot run as asked; the message says why.
     """
 
     def __init__(

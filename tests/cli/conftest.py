@@ -13,6 +13,7 @@ import pytest
 
 from slipstream.cli.main import run
 from tests.cli.tiny import write_chat_model
+from tests.trust.conftest import public, world  # noqa: F401
 
 
 @dataclass(frozen=True)

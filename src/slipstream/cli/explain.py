@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from slipstream.cli.options import AsJson, EngineOptions, Model, flat
 from slipstream.cli.show import Bar, Table, print_json, print_tables, size
@@ -14,9 +16,19 @@ if TYPE_CHECKING:
     from slipstream.config import EngineConfig
     from slipstream.plan.shards import Sharing
 
+PROMPT, NEW = 16, 8  # tokens that `--used` runs
+
 
 @flat
-def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> None:
+def explain(
+    model: Model,
+    engine: EngineOptions,
+    used: Annotated[
+        bool,
+        typer.Option("--used", help="Load the model, generate a few tokens, and count the calls of what actually ran."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what would run where, and why.
 
     Prints the plan, with the memory that it takes, without loading the model. Takes the same engine options as
@@ -24,6 +36,9 @@ def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> Non
     """
     from slipstream.config import EngineConfig
 
+    if used:
+        _explain_used(model, engine, as_json)
+        return
     asked = EngineConfig(**engine.changes())
     from slipstream.checkpoint.open import open_checkpoint, open_random
     from slipstream.sources import resolve
@@ -46,6 +61,35 @@ def explain(model: Model, engine: EngineOptions, as_json: AsJson = False) -> Non
         print_json({"model": model, **plan})
     else:
         print_tables(_tables(model, plan))
+
+
+def _explain_used(model: str, engine: EngineOptions, as_json: bool) -> None:
+    """What ran, proven by counts. Of several ranks it is the first one's; they all run the same."""
+    from slipstream.cli.load import load_llm
+    from slipstream.request import SamplingParams
+
+    llm = load_llm(model, engine, count_calls=True)
+    plan, vocab = llm.plan, llm.model_config.vocab_size
+    assert plan.ops.used is not None
+    plan.ops.used.calls.clear()
+    most = max(1, min(PROMPT, plan.max_model_len - NEW))
+    prompts = [[(7 * i + start) % vocab for i in range(most)] for start in (1, 2)]
+    llm.generate(prompts, SamplingParams(max_new_tokens=NEW, temperature=0, ignore_eos=True))
+    calls = plan.ops.used.calls
+    ran = [
+        {"op": c.op, "implementation": c.name, "calls": calls[c.op, c.name], "source": c.source or "slipstream"}
+        for c in plan.choices
+    ]
+    if as_json:
+        print_json({"model": model, **plan.to_dict(), "used": ran})
+        return
+    rows = [
+        (str(r["op"]), str(r["implementation"]), f"{r['calls']:,}" if r["calls"] else "none", str(r["source"]))
+        for r in ran
+    ]
+    title = f"Calls for {len(prompts)} prompts of {most} tokens, {NEW} new tokens each"
+    title += "; a recorded step counts each time it is replayed" if plan.cuda_graphs else ""
+    print_tables([*_tables(model, plan.to_dict()), Table(title, rows, ("op", "implementation", "calls", "from"))])
 
 
 def _explain_ranks(model: str, asked: EngineConfig, checkpoint: Checkpoint, as_json: bool) -> None:
@@ -131,7 +175,7 @@ def _tables(model: str, plan: Mapping[str, Any]) -> list[Table]:
     rows += [(name, "", reason) for name, reason in why.items()]
     choices = []
     for c in plan["choices"]:
-        choices.append((c["op"], c["implementation"], c["reason"]))
+        choices.append((c["op"], c["implementation"], ": ".join(filter(None, (c["reason"], c.get("source"))))))
         choices += [("", f"not {r['implementation']}", r["why"]) for r in c["rejected"]]
     weights = [(w["arrived"], w["held"], str(w["parameters"]), size(w["bytes"])) for w in plan["weights"]]
     groups = [

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from slipstream.request import RequestOutput
 
 
-def load_llm(model: str, options: EngineOptions) -> LLM:
-    """The model, fetched if it is not here yet. A wrong option is told before anything is fetched."""
+def load_llm(model: str, options: EngineOptions, **more: Any) -> LLM:
+    """The model, fetched if it is not here yet. A wrong option is told before anything is fetched.
+
+    Args:
+        more: options of the engine that are none of the command's.
+    """
     engine = options.changes()
     if "WORLD_SIZE" in os.environ:
         from slipstream.parallel.launcher import refuse_other_size
@@ -32,6 +36,7 @@ def load_llm(model: str, options: EngineOptions) -> LLM:
             progress=lambda done, total: bar(f"loading {model}", done, total),
             compiling=lambda done, total: bar("compiling kernels for this card, once", done, total, "kernels"),
             **engine,
+            **more,
         )
 
 

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from slipstream import __version__
-from slipstream.cli import bench
+from slipstream.cli import bench, kernels
 from slipstream.cli.batch import batch
 from slipstream.cli.chat import chat
 from slipstream.cli.explain import explain
@@ -53,6 +53,7 @@ def build() -> typer.Typer:
     app, measuring = _group("Run open-weight language models.", _COMMANDS), _group(bench.HELP, bench.COMMANDS)
     app.callback(invoke_without_command=True)(_program)
     app.add_typer(measuring, name="bench")
+    app.add_typer(_group(kernels.HELP, kernels.COMMANDS), name="kernels")
     return app
 
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from decimal import Decimal
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from slipstream.errors import RequestError
+from slipstream.errors import ConfigError, RequestError
 from slipstream.request import SamplingParams
 
 Model = Annotated[
@@ -266,13 +267,31 @@ class EngineOptions:
         _engine("Logits with the same bits alone and in any batch; slower. Default: no.", "--batch-invariant"),
     ] = None
     attn_implementation: Annotated[
-        str | None, _engine("Force an attention that `slipstream explain` lists. Default: the fastest that fits.")
+        str | None,
+        _engine("Force an attention that `slipstream explain` lists, or org/name. Default: the fastest that fits."),
     ] = None
     linear_implementation: Annotated[
         str | None, _engine("The same for every matrix that it takes. Default: the fastest that fits.")
     ] = None
     moe_implementation: Annotated[
         str | None, _engine("The same for the experts of a mixture. Default: the fastest that fits.")
+    ] = None
+    kernels: Annotated[
+        list[str] | None,
+        _engine(
+            "auto, builtin, reference, or OP=REPO (norm, activation, attention, moe, rotary); may be repeated. Default: builtin.",
+            metavar="OP=REPO",
+        ),
+    ] = None
+    use_kernels: Annotated[
+        bool | None, _engine("The same as --kernels auto, or builtin.", "--use-kernels/--no-use-kernels")
+    ] = None
+    kernels_lock: Annotated[
+        str | None, _engine("The file that pins repositories of kernels. Default: kernels.lock here.", metavar="FILE")
+    ] = None
+    kernels_policy: Annotated[
+        str | None,
+        _engine("The file that says which of them may run. Default: kernels-policy.toml here.", metavar="FILE"),
     ] = None
     num_threads: Annotated[int | None, _engine("CPU threads of each rank. Default: torch's choice, one a core.")] = None
 
@@ -285,8 +304,33 @@ class EngineOptions:
         from slipstream.config import EngineConfig
 
         given = _given(self)
+        if "kernels" in given:
+            given["kernels"] = parse_kernels(given["kernels"])
         EngineConfig(**given)
         return given
+
+
+def parse_kernels(words: Sequence[str]) -> str | dict[str, str]:
+    """A word, OP=REPO once or several times, or a JSON object of these.
+
+    Raises:
+        ConfigError: an op is named twice, or a word stands beside others.
+    """
+    text = words[0].strip()
+    if len(words) == 1 and text.startswith("{"):
+        try:
+            found: dict[str, str] = json.loads(text)
+            return found
+        except ValueError as e:
+            raise ConfigError(f"kernels: {text!r} is no JSON object: {e}") from None
+    if len(words) == 1 and "=" not in text:
+        return text
+    pairs = [word.partition("=")[::2] for word in words]
+    if wrong := [word for word in words if "=" not in word]:
+        raise ConfigError(f"kernels: {wrong[0]!r} beside others is not OP=REPO, such as norm=org/name:Layer")
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(f"kernels: {', '.join(words)} name an op twice")
+    return dict(pairs)
 
 
 def option_name(field: str) -> str | None:
@@ -294,7 +338,7 @@ def option_name(field: str) -> str | None:
     field = {"stop_token_ids": "stop_token_id", "max_shard_bytes": "max_shard_size"}.get(field, field)
     names = {f.name for kind in (AnswerOptions, EngineOptions) for f in fields(kind)}
     names |= {"reasoning_effort", "to", "modules", "skip", "group_size", "max_shard_size", "text"}
-    names |= {"batch_size", "input_len", "output_len", "num_prompts", "against"}
+    names |= {"batch_size", "input_len", "output_len", "num_prompts", "against", "shape", "plot"}
     return f"--{field.replace('_', '-')}" if field in names else None
 
 

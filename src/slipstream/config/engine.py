@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from slipstream.config.kernels import KernelsAsked, read_kernels
 from slipstream.errors import ConfigError
 
 
@@ -39,9 +40,15 @@ class EngineConfig:
         enforce_eager: run every step kernel by kernel, without CUDA graphs.
         async_scheduling: launch a step before the tokens of the one before it are looked at, so that the device need not wait;
             None does so on a GPU.
-        attn_implementation: force one of the implementations that `explain` lists.
-        linear_implementation: the same for every weight that it takes; an error if it takes none.
-        moe_implementation: force one for the experts of a mixture.
+        attn_implementation: force one of the implementations that `explain` lists, or the kernels of a repository (org/name).
+        linear_implementation: the same for every weight that it takes; an error if it takes none. Not of a repository.
+        moe_implementation: force one for the experts of a mixture, as attn_implementation does.
+        kernels: builtin runs none but our own; auto also those of the repositories that we know (ops/candidate.py) where they are
+            pinned, right and not slower; reference runs plain torch; {"norm": "org/name:Layer", ...} forces what it names.
+        use_kernels: another word for kernels: true is auto, false is builtin.
+        kernels_lock: the file that pins repositories; None looks for kernels.lock where the program runs.
+        kernels_policy: the file that says which repositories may run; None looks for its usual place.
+        count_calls: count the calls of every implementation, for `explain --used`.
         num_threads: CPU threads of each rank; None leaves torch's own choice, and ranks on a CPU share the cores.
         seed: from which requests without a seed of their own draw theirs, and random weights theirs (None is then 0).
     """
@@ -66,6 +73,11 @@ class EngineConfig:
     attn_implementation: str | None = None
     linear_implementation: str | None = None
     moe_implementation: str | None = None
+    kernels: Any = None
+    use_kernels: bool | None = None
+    kernels_lock: str | None = None
+    kernels_policy: str | None = None
+    count_calls: bool = False
     num_threads: int | None = None
     seed: int | None = None
 
@@ -97,12 +109,35 @@ class EngineConfig:
                 raise ConfigError(f"{name}: must be a whole number of at least {low}, got {value!r}")
         if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
             raise ConfigError(f"async_scheduling: must be true or false, got {self.async_scheduling!r}")
-        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager", "enable_expert_parallel"):
+        for name in (
+            "enable_prefix_caching",
+            "batch_invariant",
+            "enforce_eager",
+            "enable_expert_parallel",
+            "count_calls",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be true or false, got {getattr(self, name)!r}")
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1 or math.isnan(share):
             raise ConfigError(f"gpu_memory_utilization: must be above 0 and at most 1, got {share!r}")
+
+        asked = self.kernels_asked
+        if self.tensor_parallel_size > 1 and asked.word == "auto":
+            raise ConfigError(
+                "kernels: auto measures kernels on each rank, which could choose differently; name them by op, or take builtin"
+            )
+        for name in ("kernels_lock", "kernels_policy"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: must be the path of a file, got {getattr(self, name)!r}")
+
+    @property
+    def kernels_asked(self) -> KernelsAsked:
+        """What `kernels`, `use_kernels`, `attn_implementation` and `moe_implementation` say together."""
+        return read_kernels(
+            self.kernels, self.use_kernels, self.attn_implementation, self.moe_implementation, self.kernels_lock,
+            self.kernels_policy,
+        )  # fmt: skip
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -11,3 +11,8 @@ def cache_root() -> Path:
     if home := os.environ.get("SLIPSTREAM_HOME"):
         return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slipstream"
+
+
+def config_root() -> Path:
+    """What the user decided: the kernels that may run here, and which of those decisions were made on this machine."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "slipstream"

@@ -151,9 +151,12 @@ class Decoder:
                 for there, here in zip(self._answers, before, strict=True):
                     there.copy_(here)
 
-            step = self._step(shape)
+            def record(step: Run) -> Run:
+                return self._record(step, again)
+
+            step, used = self._step(shape), self._plan.ops.used
             try:
-                run = self._record(step, again)
+                run = record(step) if used is None else used.record(record, step)
             except (RuntimeError, AssertionError) as e:  # this size goes on kernel by kernel, and says so
                 warnings.warn(f"a step of {shape.rows} rows cannot be recorded, and runs slower: {e}", stacklevel=2)
                 run = step

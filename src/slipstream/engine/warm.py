@@ -29,11 +29,16 @@ from slipstream.config.paths import cache_root
 from slipstream.engine.runner import Runner
 from slipstream.ops.tuned import own_table
 from slipstream.plan import Plan
-from slipstream.plan.choices import WAITING
+from slipstream.plan.choices import waits
 from slipstream.request import Chunk, PageTable
 
 Tell = Callable[[int, int], None]
 CODE = ("ops", "layers", "models", "engine")  # what decides which kernels there are
+ROWS = (
+    "norm",
+    "activation",
+    "attention_input",
+)  # ops that follow no index, so that anybody's kernels may run on any numbers
 _one_at_a_time = threading.Lock()
 
 
@@ -46,7 +51,7 @@ def warm(runner: Runner, tell: Tell | None = None) -> int:
         tell: is called with (kernels compiled, kernels in all).
     """
     plan = runner.plan
-    if plan.device.type != "cuda" or any((c.op.split("[")[0], c.name) in WAITING for c in plan.choices):
+    if plan.device.type != "cuda" or any(waits(c) or (c.source and c.op not in ROWS) for c in plan.choices):
         return 0
     import triton
 
@@ -89,7 +94,7 @@ def fingerprint(plan: Plan) -> str:
     facts = (
         triton.__version__, torch.__version__, plan.hardware.name, plan.hardware.capability, plan.model_config,
         plan.dtype, plan.page_size, plan.max_model_len, plan.max_num_seqs, plan.max_num_batched_tokens, plan.cuda_graphs,
-        plan.async_scheduling, *((c.op, c.name) for c in plan.choices),
+        plan.async_scheduling, *((c.op, c.name, c.source.partition(", from")[0]) for c in plan.choices),
         *((item.to, item.held, item.shape) for item in plan.loads),
     )  # fmt: skip
     found.update(repr(facts).encode())

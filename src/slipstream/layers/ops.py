@@ -10,6 +10,7 @@ import torch
 
 from slipstream.ops.linear import LinearKernel
 from slipstream.ops.moe import ExpertsKernel
+from slipstream.ops.used import Used
 from slipstream.parallel.collectives import Alone, Together
 
 
@@ -41,3 +42,4 @@ class Ops:
     pick: Any = None
     draw: Any = None
     row_by_row: bool = False
+    used: Used | None = None  # counts what runs, if that was asked for

@@ -35,12 +35,14 @@ class Impl:
     Attributes:
         reject: says why it cannot run.
         unasked: says why it is taken only if it is forced.
+        source: where it is from, once it is loaded, if it did not come with slipstream.
     """
 
     name: str
     load: Callable[[], Any]
     reject: Callable[[Case], str | None]
     unasked: Callable[[Case], str | None] = lambda case: None
+    source: Callable[[], str] = lambda: ""
 
 
 def only_invariant(case: Case) -> str | None:
@@ -64,13 +66,14 @@ def needs_triton(case: Case) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The implementation taken, and (name, why) for each one passed over."""
+    """The implementation taken, and (name, why) for each one passed over. `source` is where it is from, if not from slipstream."""
 
     op: str
     name: str
     reason: str
     fn: Any
     rejected: tuple[tuple[str, str], ...]
+    source: str = ""
 
 
 def choose(op: str, impls: Sequence[Impl], case: Case, force: str | None = None) -> Choice:
@@ -104,4 +107,4 @@ def choose(op: str, impls: Sequence[Impl], case: Case, force: str | None = None)
         message = f"{op}: {what} on {case.device} with {case.dtype}{facts}: {reasons or 'there is none'}"
         raise KernelError(message, rejected=tuple(rejected))
     reason = "forced" if force else ("the first of the list that can run" if rejected else "the only one")
-    return Choice(op, taken.name, reason, taken.load(), tuple(rejected))
+    return Choice(op, taken.name, reason, taken.load(), tuple(rejected), taken.source())

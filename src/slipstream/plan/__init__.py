@@ -8,6 +8,7 @@ the memory. Nothing is read but headers, and no tensor has memory yet.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from slipstream.cache.spec import CacheGroup
 from slipstream.checkpoint.load import Load
 from slipstream.checkpoint.open import Checkpoint
 from slipstream.config import EngineConfig, ModelConfig
+from slipstream.config.kernels import is_repository
 from slipstream.errors import CapacityError
 from slipstream.hardware import Hardware
 from slipstream.layers.ops import Ops
@@ -31,6 +33,7 @@ from slipstream.plan.layout import lay_out
 from slipstream.plan.memory import cublas_bytes, graphs_bytes, sizes, workspace_bytes
 from slipstream.plan.weights import held_bytes
 
+log = logging.getLogger(__name__)
 __all__ = ["Plan", "dtype_name", "make_plan"]
 
 
@@ -75,7 +78,7 @@ class Plan:
             "dtype": dtype_name(self.dtype),
             "architecture": self.model_config.model_type,
             "choices": [
-                {"op": c.op, "implementation": c.name, "reason": c.reason,
+                {"op": c.op, "implementation": c.name, "reason": c.reason, **({"source": c.source} if c.source else {}),
                  "rejected": [{"implementation": n, "why": w} for n, w in c.rejected]}
                 for c in self.choices
             ],
@@ -175,7 +178,7 @@ def make_plan(
             other_bytes=weights + workspace + spare,
             # Where it is not in pages, attention wants the keys of a prompt once for each query head, and scores or a mask.
             bytes_per_token=0
-            if attends in attention.PAGED
+            if attends in attention.PAGED or is_repository(attends)
             else (2 * laid.local.num_heads * config.head_dim + batched) * dtype.itemsize,
             why=why,
         )
@@ -191,6 +194,8 @@ def make_plan(
             sized, longest, hardware.free_bytes, gpu, weights, lambda a, w, free: divide(a, w, free, {}), laid.repacked
         )
         raise fit.advise(e) from None
+    for c in laid.choices:
+        log.info("%s runs %s, %s", c.op, c.name, c.source or "our own")
     kv = sum(n * page_size * g.bytes_per_token(dtype.itemsize) for g, n in zip(groups, memory.num_pages, strict=True))
     return Plan(
         asked=asked,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +13,16 @@ from slipstream.checkpoint.open import Checkpoint
 from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import KernelError
 from slipstream.hardware import Hardware
-from slipstream.layers.mlp import MoE
+from slipstream.layers.mlp import MLP, MoE
 from slipstream.layers.ops import ExpertsChoice, Ops
 from slipstream.layers.transformer import Transformer
-from slipstream.ops import activation, attention, attention_input, linear, moe, norm, router, sampling
-from slipstream.ops.choose import Case, Choice, choose
+from slipstream.ops import activation, attention, attention_input, candidate, linear, moe, norm, router, sampling
+from slipstream.ops.choose import Case, Choice, Impl, choose
 from slipstream.ops.tuned import Tuned
+from slipstream.ops.used import Used
+from slipstream.trust import Policy
 
+log = logging.getLogger(__name__)
 # Implementations that bring numbers to the host in the middle of a step, or build their inputs there.
 WAITING = {
     ("moe", "loop"),
@@ -52,22 +57,44 @@ def _case(asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, **facts: 
     return Case(hardware.device.split(":")[0], dtype_name(dtype), hardware.capability, facts)
 
 
+def waits(choice: Choice) -> bool:
+    """Whether it needs the host in the middle of a step."""
+    return (choice.op.split("[")[0], choice.name) in WAITING or getattr(choice.fn, "waits", False)
+
+
+def _pick(op: str, impls: Sequence[Impl], case: Case, asked: EngineConfig, hardware: Hardware, key: str = "") -> Choice:
+    def policy() -> Policy:
+        return Policy.find(asked.kernels_lock, asked.kernels_policy)
+
+    return candidate.pick(op, impls, case, asked.kernels_asked, policy, hardware.device, key)
+
+
 def choose_ops(
     asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype, known: Tuned
 ) -> tuple[list[Choice], Ops]:
     case = _case(asked, hardware, dtype)
     sinks = config.model_type == "gpt_oss"
+    used = Used() if asked.count_calls else None
     attend = _case(asked, hardware, dtype, softcap=config.attn_logit_softcapping, sinks=sinks, head_dim=config.head_dim)
     width = max(config.hidden_size, config.num_heads * config.head_dim)
+    wide = {"wide_weight": True} if config.model_type.startswith("gemma") else {}
+    kinds = ("swiglu_clamped" if sinks else config.hidden_act,)
+
+    def pick(op: str, impls: Sequence[Impl], case: Case, key: str = "") -> Choice:
+        return _pick(op, impls, case, asked, hardware, key)
+
+    def counted(choice: Choice, fn: Any = None) -> Any:
+        return (fn or choice.fn) if used is None else used.counted(choice, fn)
+
     chosen = {
-        "norm": choose("norm", norm.IMPLS, _case(asked, hardware, dtype, width=width)),
-        "attention_input": choose("attention_input", attention_input.IMPLS, case),
-        "attention": choose("attention", attention.IMPLS, attend, asked.attn_implementation),
-        "activation": choose("activation", activation.IMPLS, case),
-        "sampling": choose("sampling", sampling.IMPLS, case),
-        "pick": choose("pick", sampling.PICK, case),
-        "draw": choose("draw", sampling.DRAW, case),
-        "router": choose("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
+        "norm": pick("norm", norm.IMPLS, _case(asked, hardware, dtype, width=width, **wide)),
+        "attention_input": pick("attention_input", attention_input.IMPLS, case, key="rotary"),
+        "attention": pick("attention", attention.IMPLS, attend),
+        "activation": pick("activation", activation.IMPLS, _case(asked, hardware, dtype, kinds=kinds)),
+        "sampling": pick("sampling", sampling.IMPLS, case),
+        "pick": pick("pick", sampling.PICK, case),
+        "draw": pick("draw", sampling.DRAW, case),
+        "router": pick("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
     }
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
         choose("linear", linear.IMPLS, case, asked.linear_implementation)  # says which there are
@@ -77,14 +104,15 @@ def choose_ops(
         key = (format, out_features, in_features, shared)
         if key not in kernels:
             choice = _linear(asked, hardware, dtype, *key)
-            kernels[key] = known.linear_kernel(choice, dtype_name(dtype), (out_features, in_features))
+            kernels[key] = counted(choice, known.linear_kernel(choice, dtype_name(dtype), (out_features, in_features)))
         return kernels[key]
 
+    fns = {op: counted(choice) for op, choice in chosen.items()}
     table = Ops(
-        add_norm=chosen["norm"].fn, attention_input=chosen["attention_input"].fn, attention=chosen["attention"].fn,
-        activation=chosen["activation"].fn, router=chosen["router"].fn, experts=ExpertsChoice(), linear=kernel, dtype=dtype,
-        sample=chosen["sampling"].fn, pick=chosen["pick"].fn, draw=chosen["draw"].fn,
-        row_by_row=asked.batch_invariant and case.device == "cpu",
+        add_norm=fns["norm"], attention_input=fns["attention_input"], attention=fns["attention"],
+        activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(), linear=kernel, dtype=dtype,
+        sample=fns["sampling"], pick=fns["pick"], draw=fns["draw"],
+        row_by_row=asked.batch_invariant and case.device == "cpu", used=used,
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]
@@ -97,7 +125,7 @@ def _linear(
     asked: EngineConfig, hardware: Hardware, dtype: torch.dtype, format: str, out: int, width: int, shared: bool
 ) -> Choice:
     case = _case(asked, hardware, dtype, format=format, out_features=out, in_features=width, shared=shared)
-    force = asked.linear_implementation
+    force = asked.linear_implementation or asked.kernels_asked.force("linear")
     if any(i.name == force and i.reject(case) is not None for i in linear.IMPLS):
         force = None  # not for this weight; that it is for none of them is an error, once all are known
     return choose(f"linear[{format}{', shared' if shared else ''}]", linear.IMPLS, case, force)
@@ -113,12 +141,35 @@ def experts_choice(
     stacks = [part for item in loads if item.to.endswith(".weight") and len(item.shape) == 3 for part in item.parts()]
     case = _case(
         asked, hardware, dtype, kinds={m.kind for m in layers}, formats={part.format for part in stacks},
-        sizes={part.local[1:] for part in stacks},
+        sizes={part.local[1:] for part in stacks}, limit=layers[0].limit, spread=layers[0].ranks.experts is not None,
     )  # fmt: skip
-    choice = choose("moe", moe.IMPLS, case, asked.moe_implementation)
+    choice = _pick("moe", moe.IMPLS, case, asked, hardware)
     formats = {part.format for part in stacks if part.local == layers[0].gate_up.shape}
-    table.experts.kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
+    kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
+    table.experts.kernel = kernel if table.used is None else table.used.counted(choice, kernel)
     return [choice]
+
+
+def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice], why: dict[str, str]) -> None:
+    """Say what a fused kernel takes over from another op.
+
+    Raises:
+        KernelError: of an implementation that was named, nothing would be left to do.
+    """
+    named, chosen = asked.kernels_asked.named, {c.op: c for c in choices}
+    experts, norms = chosen.get("moe"), chosen["norm"]
+    if "moe" in named and experts is None:
+        raise KernelError(f"moe: {named['moe']!r} was asked for, but this model has no experts")
+    dense = any(isinstance(m, MLP) for m in model.modules())
+    if experts is not None and experts.fn.prepare is not None and not dense:
+        why["activation"] = f"is part of moe[{experts.name}], so nothing calls {chosen['activation'].name}"
+        if "activation" in named:
+            raise KernelError(
+                f"activation: {named['activation']!r} was asked for, but it {why['activation']}; moe_implementation='loop' would"
+            )
+    if norms.source and any(getattr(m, "qk_norm", None) == "head" for m in model.modules()):
+        entry = chosen["attention_input"]
+        why["norms of heads"] = f"are part of attention_input[{entry.name}]; {norms.name} computes all others"
 
 
 def linear_choices(
@@ -144,14 +195,14 @@ def cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], 
     """Whether decoding steps are recorded and replayed."""
     if not hardware.device.startswith("cuda"):
         return False
-    waits = [f"{c.op}[{c.name}]" for c in choices if (c.op.split("[")[0], c.name) in WAITING]
+    waiting = [f"{c.op}[{c.name}]" for c in choices if waits(c)]
     if asked.enforce_eager:
         why["cuda_graphs"] = "no: enforce_eager was asked for"
-    elif waits:
-        why["cuda_graphs"] = f"no: {', '.join(waits)} needs the host in the middle of a step"
+    elif waiting:
+        why["cuda_graphs"] = f"no: {', '.join(waiting)} needs the host in the middle of a step"
     else:
         why["cuda_graphs"] = "decoding steps are recorded once for each size, and replayed"
-    return not asked.enforce_eager and not waits
+    return not asked.enforce_eager and not waiting
 
 
 def async_scheduling(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> bool:

@@ -24,7 +24,7 @@ from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.ops.tuned import Tuned, tuned
 from slipstream.parallel.collectives import Alone, Together
 from slipstream.parallel.shares import Ranks, Share, Unit, Units, cut_of, local_config, share_of
-from slipstream.plan.choices import choose_dtype, choose_ops, experts_choice, linear_choices
+from slipstream.plan.choices import check_called, choose_dtype, choose_ops, experts_choice, linear_choices
 from slipstream.plan.weights import held_bytes, plan_loads
 
 
@@ -111,6 +111,7 @@ def lay_out(
         why["enable_expert_parallel"] = "asked for, but one rank has all experts anyway"
     choices += linear_choices(asked, loads, hardware, dtype)
     choices += experts_choice(asked, model, ops, loads, hardware, dtype, known)
+    check_called(asked, model, choices, why)
     return Layout(
         asked, checkpoint, config, home, hardware, dtype, choices, ops, model, loads, local, ranks, units, known, why
     )

@@ -38,6 +38,7 @@ class ExpertsKernel:
     prepare: Prepare | None = None
     held_bytes: Callable[[str, tuple[int, ...], torch.dtype], int | None] = _as_packed
     tunable: bool = False  # `experts` takes `tuned`, what was measured for weights of this shape on this card
+    waits: bool = False  # it brings numbers to the host, so that no CUDA graph can hold it
 
 
 def _reference() -> ExpertsKernel:
