@@ -60,7 +60,7 @@ def plan_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, **
     patch.setattr("slipstream.ops.linear.triton_few.chain", chain)
     patch.setattr("slipstream.ops.moe.triton._hopper", lambda device: True)
     patch.setattr("slipstream.ops.moe.triton._processors", lambda device: 132)
-    patch.setattr("slipstream.plan.find_hardware", lambda asked, why: Hardware("cuda", CARD, 64 << 30, (9, 0)))
+    patch.setattr("slipstream.plan.layout.find_hardware", lambda asked, why: Hardware("cuda", CARD, 64 << 30, (9, 0)))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return make_plan(EngineConfig(weights="random", **options), open_random(folder))
