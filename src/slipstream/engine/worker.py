@@ -93,6 +93,10 @@ class Crew:
 
         return tell
 
+    def end_with(self, what: weakref.WeakMethod[Callable[[], None]]) -> None:
+        """What is to be done before the ranks part."""
+        self._others.let_go = lambda: (found := what()) and found()
+
     def ready(self) -> None:
         """Wait until all have loaded."""
         self._others.hear("ready")
@@ -106,6 +110,8 @@ class Leader:
 
     def __init__(self, runner: Runner, crew: Crew) -> None:
         self._runner, self._crew = runner, crew
+        if runner.decoder is not None:
+            crew.end_with(weakref.WeakMethod(runner.decoder.drop))
         crew.ready()
 
     def __getattr__(self, name: str) -> Any:

@@ -96,7 +96,10 @@ class Transformer(nn.Module):
         if len(rows) < len(x):  # else they are all of them, in order
             x, delta = x[rows], None if delta is None else delta[rows]
         x = self.norm.add(x, delta)[1]
-        logits = self.ranks.gather(self.head.wide(x, None if isinstance(self.ranks, Together) else out))
+        if isinstance(self.ranks, Together):
+            logits = self.ranks.gather(self.head.wide(x), out)
+        else:
+            logits = self.head.wide(x, out)
         cap = self.config.final_logit_softcapping
         if cap is not None and len(logits):
             logits = torch.cat(

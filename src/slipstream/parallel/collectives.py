@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.config import ModelConfig
 from slipstream.parallel.shares import Ranks, Share, vocab_part
+
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
 
 
 class Alone:
@@ -16,10 +21,13 @@ class Alone:
     ranks = Ranks()
     experts = None
 
+    def silent(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x
 
 
@@ -42,17 +50,35 @@ class Together:
         kv = share.kv_heads
         self.counted = [h * each in share.heads and h not in kv[:i] for i, h in enumerate(kv)]
         self.widths = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim)
+        self._silent = False
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Others are not spoken to: what comes of a step means nothing. For a rehearsal of this rank alone."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, on all of them; x may be overwritten."""
         x = x.contiguous()
+        if self._silent:
+            return x
         dist.all_reduce(x, group=self._group)
         return x
 
-    def gather(self, x: Tensor) -> Tensor:  # (rows, own vocabulary) -> (rows, vocabulary)
-        most = max(self._widths)
+    def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:  # (rows, own vocabulary) -> (rows, vocabulary)
+        """Everybody's columns, side by side; in `out` if it is given."""
+        rows, most = len(x), max(self._widths)
         if x.shape[1] < most:
             x = torch.nn.functional.pad(x, (0, most - x.shape[1]))
-        parts = [torch.empty_like(x) for _ in self._widths]
-        dist.all_gather(parts, x.contiguous(), group=self._group)
-        return torch.cat([p[:, :width] for p, width in zip(parts, self._widths, strict=True)], 1)
+        parts = x.new_empty(len(self._widths), rows, most)
+        if not self._silent:
+            gather_into(parts.view(-1, most), x.contiguous(), group=self._group)
+        if out is None:
+            out = x.new_empty(rows, sum(self._widths))
+        for part, columns in zip(parts, out.split(self._widths, 1), strict=True):
+            columns.copy_(part[:, : columns.shape[1]])
+        return out

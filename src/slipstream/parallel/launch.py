@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from slipstream import errors
 from slipstream.errors import ConfigError, RankError, SlipstreamError
+from slipstream.parallel.collectives import gather_into
 from slipstream.parallel.launcher import COMING, FRONT, launchers_store, local, one_machine, whoami
 from slipstream.parallel.link import SILENCE, STARTING, Link
 from slipstream.parallel.shares import Ranks
@@ -48,6 +49,7 @@ sys.path[:] = [*sys.path[1:], *(p for p in path if p not in sys.path[1:])]
 from slipstream.engine.rank import main
 main()
 """
+LEAVING = 10.0  # seconds for a group of NCCL to end, at most
 LINES = 8  # of a rank's log in an error
 
 
@@ -101,6 +103,10 @@ class Others:
         self.failure: SlipstreamError | None = None
         self.group: dist.ProcessGroup | None = None
         self.store: dist.Store | None = None
+        self.let_go: Callable[[], object] = lambda: (
+            None
+        )  # of what holds the group: NCCL waits for the graphs that have it in them
+        self.free: list[Callable[[], object]] = []  # ends kernels that wait for ranks that are gone
         self.ranks: list[_Rank] = []
         self._size, self._waiting, self._joined = size, 0, False
         self._owner = os.getpid()
@@ -210,9 +216,11 @@ class Others:
 
     def _free(self) -> None:
         """Let go whoever on this rank waits for one that is gone. On GPUs this was not tried on a card yet."""
+        for end in self.free:
+            end()
         if self.group is not None and dist.get_backend(self.group) == "nccl":
-            with contextlib.suppress(RuntimeError):
-                self.group.abort()  # its kernels spin until they are told
+            # Its kernels spin until they are told. It comes back when the last graph is gone, in `close`.
+            threading.Thread(target=_abort, args=(self.group,), daemon=True).start()
         if not self._joined:
             return  # all sockets to them are closed
         time.sleep(5)
@@ -293,10 +301,27 @@ class Others:
             rank.link.close()
             if rank.log is not None:
                 rank.log.close()
+        self.let_go()
         if self.group is not None and dist.is_initialized() and dist.group.WORLD is self.group:
-            with contextlib.suppress(RuntimeError):
-                dist.destroy_process_group()
+            _leave(self.group)
         self.group = self.store = None
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    with contextlib.suppress(RuntimeError):
+        group.abort()
+
+
+def _leave(group: dist.ProcessGroup) -> None:
+    """NCCL's way of leaving in order wants all ranks to do it; the others are gone by now."""
+    if dist.get_backend(group) == "nccl":
+        aborting = threading.Thread(target=_abort, args=(group,), daemon=True)
+        aborting.start()
+        aborting.join(LEAVING)
+        if aborting.is_alive():  # and with it the group; a later one is refused, but nobody waits for ever
+            return
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
 
 
 def _typed(kind: str) -> Any:
@@ -338,10 +363,17 @@ def connect(
 def _connect(ranks: Ranks, store: dist.Store, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     options: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.size, "timeout": FOREVER}
     if device.type == "cuda":  # not tried on a card yet
-        # Else torch ends this process when another rank is gone; we want to say which one it was.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # Else torch ends this process when another rank, or its store, is gone; we want to say which one it was.
+        for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
+            os.environ.setdefault(name, "0")
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, **options)
+        # Channels take memory when they are first used: before what is free gets divided, and before a graph records them.
+        for count in (1, 1 << 22):
+            x = torch.zeros(count, device=device)
+            dist.all_reduce(x)
+            gather_into(x.new_empty(ranks.size * count), x)
+        torch.cuda.synchronize(device)
     else:
         dist.init_process_group("gloo", **options)
     together, words = dist.group.WORLD, dist.new_group(backend="gloo", timeout=FOREVER)
