@@ -37,7 +37,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that Triton does not compile for. Planning stops before anything of it is touched."""
-    monkeypatch.setattr("slipstream.plan.layout.find_hardware", lambda asked, why: Hardware("cuda", "old", 1 << 30, (7, 0)))
+    monkeypatch.setattr(
+        "slipstream.plan.layout.find_hardware", lambda asked, why: Hardware("cuda", "old", 1 << 30, (7, 0))
+    )
 
 
 SAYS = ("cannot run here as mxfp4", "compute capability", "would hold", "GiB")

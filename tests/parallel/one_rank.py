@@ -30,7 +30,7 @@ def logits(folder: Path, ranks: Ranks, options: dict[str, Any]) -> tuple[list[to
     asked = EngineConfig(
         **{"device": "cpu", "dtype": "float32", "kv_cache_memory_bytes": 8 << 20, "max_model_len": 128, **options}
     )
-    plan = make_plan(asked, checkpoint, ranks=ranks, group=None)
+    plan = make_plan(asked, checkpoint, ranks=ranks)
     load(plan.model, plan.loads, checkpoint, plan.device)
     runner = Runner(plan, plan.model)
     found = all_logits(cast(Any, SimpleNamespace(plan=plan, engine=SimpleNamespace(runner=runner))), PROMPTS)

@@ -274,6 +274,9 @@ class EngineOptions:
     moe_implementation: Annotated[
         str | None, _engine("The same for the experts of a mixture. Default: the fastest that fits.")
     ] = None
+    reduce_implementation: Annotated[
+        str | None, _engine("The same for small sums over ranks. Default: the fastest that fits.")
+    ] = None
     num_threads: Annotated[int | None, _engine("CPU threads of each rank. Default: torch's choice, one a core.")] = None
 
     def changes(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class EngineConfig:
         attn_implementation: force one of the implementations that `explain` lists.
         linear_implementation: the same for every weight that it takes; an error if it takes none.
         moe_implementation: force one for the experts of a mixture.
+        reduce_implementation: force one for small sums over ranks.
         num_threads: CPU threads of each rank; None leaves torch's own choice, and ranks on a CPU share the cores.
         seed: from which requests without a seed of their own draw theirs, and random weights theirs (None is then 0).
     """
@@ -66,6 +67,7 @@ class EngineConfig:
     attn_implementation: str | None = None
     linear_implementation: str | None = None
     moe_implementation: str | None = None
+    reduce_implementation: str | None = None
     num_threads: int | None = None
     seed: int | None = None
 

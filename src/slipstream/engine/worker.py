@@ -64,18 +64,20 @@ class Crew:
             store, device = self._others.store, _device(self.asked, int(os.environ.get("LOCAL_RANK", 0)))
             assert store is not None
             here = one_machine(size)
-            self.group, self.words = self._others.wait(lambda: connect(self.ranks, store, device, here))
+            reduce = self.asked.reduce_implementation
+            self.wires = self._others.wait(lambda: connect(self.ranks, store, device, here, reduce))
         except BaseException:
             self.close()
             raise
         global _last
-        self._others.group, _last = self.group, weakref.ref(self._others)
+        self._others.group, self._others.peers = self.wires.tensors, self.wires.peers
+        _last = weakref.ref(self._others)
         self.asked = dataclasses.replace(self.asked, device=str(device))
         self.check, self.lost, self.together = self._others.check, self._others.lost, self._others.together
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
         """This rank's, with as many pages and as long answers as every rank has room for."""
-        mine = make_plan(self.asked, checkpoint, ranks=self.ranks, group=self.group)
+        mine = make_plan(self.asked, checkpoint, ranks=self.ranks, wires=self.wires)
         found = [_sizes(mine), *self._others.hear("plan")]
         *pages, length, size = map(min, zip(*found, strict=True))
         if any(f[-1] != size for f in found):
@@ -121,7 +123,7 @@ class Leader:
         """Raises RankError: a rank is gone, or failed in this step, also this one: then no two are at the same place any more."""
         with self._crew.together(), _uninterrupted():
             try:
-                dist.broadcast_object_list([step], src=0, group=self._crew.words)
+                dist.broadcast_object_list([step], src=0, group=self._crew.wires.words)
                 return self._runner.launch(step)
             except Exception as e:
                 raise self._crew.lost(e) from e
@@ -233,10 +235,10 @@ def _serve(link: Link, said: dict[str, Any]) -> None:
     here = one_machine(ranks.size)
     store = dist.TCPStore("127.0.0.1", said["port"], is_master=False) if "port" in said else launchers_store()
     link.say("started", True)
-    group, words = connect(ranks, store, device, here)
+    wires = connect(ranks, store, device, here, asked.reduce_implementation)
     path = Path(said["model"])
     checkpoint = open_random(path, asked.seed or 0) if asked.weights == "random" else open_checkpoint(path)
-    plan = make_plan(dataclasses.replace(asked, device=str(device)), checkpoint, ranks=ranks, group=group)
+    plan = make_plan(dataclasses.replace(asked, device=str(device)), checkpoint, ranks=ranks, wires=wires)
     link.say("plan", _sizes(plan))
     *pages, length = link.wait("plan")
     plan = dataclasses.replace(plan, num_pages=tuple(pages), max_model_len=length)
@@ -245,7 +247,7 @@ def _serve(link: Link, said: dict[str, Any]) -> None:
     link.say("ready", True)
     while True:
         box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, group=words)
+        dist.broadcast_object_list(box, src=0, group=wires.words)
         runner.launch(box[0])
 
 

@@ -4,15 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.config import ModelConfig
+from slipstream.ops.reduce import Slots
+from slipstream.ops.reduce.reference import reduce as collective
+from slipstream.parallel.peers import Peers
 from slipstream.parallel.shares import Ranks, Share, vocab_part
 
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
+
+
+@dataclass(frozen=True, slots=True)
+class Wires:
+    """What ranks speak through.
+
+    Attributes:
+        tensors: None is the default group of torch.distributed.
+        words: for what is said between steps.
+        peers: the ranks' memory, where they share it; else why_not may say why.
+        machines: 1, or more.
+    """
+
+    tensors: dist.ProcessGroup | None = None
+    words: dist.ProcessGroup | None = None
+    peers: Peers | None = None
+    why_not: str | None = None
+    machines: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Of a sum over ranks, what this one has: the norm that comes next makes the sum, as one kernel.
+
+    Attributes:
+        ops: `reduce` and `reduce_norm`.
+    """
+
+    own: Tensor
+    ops: Any
+    slots: Slots
+
+    def __getitem__(self, rows: Tensor) -> Parts:
+        return Parts(self.own[rows], self.ops, self.slots)
+
+    def sum(self) -> Tensor:
+        found: Tensor = self.ops.reduce(self.own, self.slots)
+        return found
+
+    def add_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x + the sum, and the norm of it."""
+        found: tuple[Tensor, Tensor] = self.ops.reduce_norm(self.own, x, weight, eps, self.slots)
+        return found
+
+
+def whole(x: Tensor | Parts) -> Tensor:
+    """Where no norm comes next."""
+    return x.sum() if isinstance(x, Parts) else x
 
 
 class Alone:
@@ -24,7 +77,7 @@ class Alone:
     def silent(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def reduce(self, x: Tensor) -> Tensor:
+    def reduce(self, x: Tensor) -> Tensor | Parts:
         return x
 
     def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -41,8 +94,9 @@ class Together:
         widths: of all queries and of all keys of a token.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, config: ModelConfig, ranks: Ranks, share: Share) -> None:
-        self.ranks, self._group = ranks, group
+    def __init__(self, wires: Wires, config: ModelConfig, ranks: Ranks, share: Share, ops: Any = None) -> None:
+        self.ranks, self._group = ranks, wires.tensors
+        self._ops, self._slots = ops, None if wires.peers is None else wires.peers.slots
         self.vocab = share.vocab
         self.experts = share.experts if len(share.experts) < config.num_experts else None
         self._widths = [len(vocab_part(config.vocab_size, Ranks(i, ranks.size))) for i in range(ranks.size)]
@@ -61,13 +115,11 @@ class Together:
         finally:
             self._silent = False
 
-    def reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, on all of them; x may be overwritten."""
-        x = x.contiguous()
-        if self._silent:
-            return x
-        dist.all_reduce(x, group=self._group)
-        return x
+    def reduce(self, x: Tensor) -> Tensor | Parts:
+        """The sum over all ranks, on all of them, or what becomes it. x may be overwritten."""
+        if self._slots is not None and self._slots.take(x):
+            return Parts(x, self._ops, self._slots)
+        return x if self._silent else collective(x, self._group)
 
     def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:  # (rows, own vocabulary) -> (rows, vocabulary)
         """Everybody's columns, side by side; in `out` if it is given."""

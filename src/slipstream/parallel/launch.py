@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -30,10 +31,11 @@ import torch
 import torch.distributed as dist
 
 from slipstream import errors
-from slipstream.errors import ConfigError, RankError, SlipstreamError
-from slipstream.parallel.collectives import gather_into
+from slipstream.errors import ConfigError, KernelError, RankError, SlipstreamError
+from slipstream.parallel.collectives import Wires, gather_into
 from slipstream.parallel.launcher import COMING, FRONT, launchers_store, local, one_machine, whoami
 from slipstream.parallel.link import SILENCE, STARTING, Link
+from slipstream.parallel.peers import Peers, join
 from slipstream.parallel.shares import Ranks
 
 T = TypeVar("T")
@@ -106,7 +108,7 @@ class Others:
         self.let_go: Callable[[], object] = lambda: (
             None
         )  # of what holds the group: NCCL waits for the graphs that have it in them
-        self.free: list[Callable[[], object]] = []  # ends kernels that wait for ranks that are gone
+        self.peers: Peers | None = None
         self.ranks: list[_Rank] = []
         self._size, self._waiting, self._joined = size, 0, False
         self._owner = os.getpid()
@@ -216,8 +218,8 @@ class Others:
 
     def _free(self) -> None:
         """Let go whoever on this rank waits for one that is gone. On GPUs this was not tried on a card yet."""
-        for end in self.free:
-            end()
+        if self.peers is not None:
+            self.peers.end()
         if self.group is not None and dist.get_backend(self.group) == "nccl":
             # Its kernels spin until they are told. It comes back when the last graph is gone, in `close`.
             threading.Thread(target=_abort, args=(self.group,), daemon=True).start()
@@ -304,7 +306,10 @@ class Others:
         self.let_go()
         if self.group is not None and dist.is_initialized() and dist.group.WORLD is self.group:
             _leave(self.group)
-        self.group = self.store = None
+        if self.peers is not None:
+            with contextlib.suppress(KernelError, RuntimeError):  # RuntimeError: the card is lost
+                self.peers.free()
+        self.group = self.store = self.peers = None
 
 
 def _abort(group: dist.ProcessGroup) -> None:
@@ -342,25 +347,23 @@ def _welcome(end: socket.socket, key: str) -> _Rank:
     return _Rank(int(rank), link, pid=local(int(pid), machine))
 
 
-def connect(
-    ranks: Ranks, store: dist.Store, device: torch.device, here: bool
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The groups for tensors, and for what is said between steps.
-
-    Args:
-        here: all ranks are on this machine, so nobody else needs to reach the sockets of gloo.
+def connect(ranks: Ranks, store: dist.Store, device: torch.device, here: bool, reduce: str | None) -> Wires:
+    """Args:
+    here: all ranks are on this machine, so nobody else needs to reach the sockets of gloo.
+    reduce: the implementation of sums that was asked for.
     """
     name = "GLOO_SOCKET_IFNAME"
     if here and name not in os.environ and sys.platform == "linux":
         os.environ[name] = "lo"
         try:
-            return _connect(ranks, store, device)
+            return _connect(ranks, store, device, here, reduce)
         finally:
             del os.environ[name]
-    return _connect(ranks, store, device)
+    return _connect(ranks, store, device, here, reduce)
 
 
-def _connect(ranks: Ranks, store: dist.Store, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def _connect(ranks: Ranks, store: dist.Store, device: torch.device, here: bool, reduce: str | None) -> Wires:
+    peers, why = None, None
     options: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.size, "timeout": FOREVER}
     if device.type == "cuda":  # not tried on a card yet
         # Else torch ends this process when another rank, or its store, is gone; we want to say which one it was.
@@ -374,8 +377,15 @@ def _connect(ranks: Ranks, store: dist.Store, device: torch.device) -> tuple[dis
             dist.all_reduce(x)
             gather_into(x.new_empty(ranks.size * count), x)
         torch.cuda.synchronize(device)
+        if here and reduce != "collective":
+            peers, why = join(ranks, store, device, partial(_all_agree, device))
     else:
         dist.init_process_group("gloo", **options)
-    together, words = dist.group.WORLD, dist.new_group(backend="gloo", timeout=FOREVER)
-    assert together is not None
-    return together, words
+    words = dist.new_group(backend="gloo", timeout=FOREVER)
+    return Wires(dist.group.WORLD, words, peers, why or None, 1 if here else 2)
+
+
+def _all_agree(device: torch.device, good: bool) -> bool:
+    found = torch.tensor(int(good), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found)

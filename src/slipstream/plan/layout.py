@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -22,9 +21,9 @@ from slipstream.models import architecture
 from slipstream.ops.choose import Choice
 from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.ops.tuned import Tuned, tuned
-from slipstream.parallel.collectives import Alone, Together
+from slipstream.parallel.collectives import Alone, Together, Wires
 from slipstream.parallel.shares import Ranks, Share, Unit, Units, cut_of, local_config, share_of
-from slipstream.plan.choices import choose_dtype, choose_ops, experts_choice, linear_choices
+from slipstream.plan.choices import choose_dtype, choose_ops, experts_choice, linear_choices, reduce_choice
 from slipstream.plan.weights import held_bytes, plan_loads
 
 
@@ -76,7 +75,7 @@ class Layout:
 
 
 def lay_out(
-    asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelConfig | None, ranks: Ranks, group: Any
+    asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelConfig | None, ranks: Ranks, wires: Wires | None
 ) -> Layout:
     """See make_plan, whose first half this is."""
     config = model_config or ModelConfig.from_hf(checkpoint.config)
@@ -101,7 +100,11 @@ def lay_out(
         if hardware.device == "cpu":  # which all of them share
             hardware = replace(hardware, free_bytes=hardware.free_bytes // ranks.size)
         local, loads = local_config(config, share), cut_loads(loads, config, share, ranks)
-        ops = replace(ops, ranks=Together(group, config, ranks, share))
+        wires = wires or Wires()
+        reduce = reduce_choice(asked, config, hardware, dtype, ranks, wires)
+        choices.append(reduce)
+        peers = wires.peers if reduce.name == "peers" else None
+        ops = replace(ops, ranks=Together(replace(wires, peers=peers), config, ranks, share, reduce.fn))
         model = home.build(ops, local)
         for item in loads:
             have, want = item.cut.shape(item.shape), tuple(model.get_parameter(item.to).shape)
