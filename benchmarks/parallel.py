@@ -5,7 +5,7 @@ spread, with how even their load was), parallel.tp2.bytes.120b and .20b (the par
 The baseline is one card, measured in the same run by the same code; `limit` is twice what one card allows. Two ranks and one have to
 give the same tokens for a small checkpoint before anything is timed: random weights say nothing of that.
 
-    python benchmarks/parallel.py [--only check bytes 120b.one 120b.tp 120b.ep] [--seconds 235]
+    python benchmarks/parallel.py [--only check bytes sums 120b.one 120b.tp 120b.ep] [--seconds 235]
     python benchmarks/parallel.py --tiny --device cpu        # the same script, tried without a GPU; records nothing
 
 Every part is a process of its own: one that fails or takes too long is told of, and the others go on.
@@ -32,10 +32,10 @@ from gpu_weights import config, write
 from record import record
 
 SIZE = 2
-PARTS = ("check", "bytes", "120b.one", "120b.tp", "120b.ep")
+PARTS = ("check", "bytes", "sums", "120b.one", "120b.tp", "120b.ep")
 BATCHES = {"120b.one": (1, 64, 256), "120b.tp": (1, 64, 256), "120b.ep": (256,)}
 TINY_BATCHES = {"120b.one": (1, 5), "120b.tp": (1, 5), "120b.ep": (5,)}
-SECONDS = {"check": 70, "bytes": 40, "120b.one": 90, "120b.tp": 90, "120b.ep": 70}
+SECONDS = {"check": 70, "bytes": 40, "sums": 40, "120b.one": 90, "120b.tp": 90, "120b.ep": 70}
 MOST_BYTES = 0.53  # of one rank's, in the fuller of two
 LEAST = {1: 1.25, 64: 1.5}  # times one card
 Told = dict[str, Any]
@@ -70,7 +70,12 @@ def check(asked: argparse.Namespace) -> None:
             ready = time.perf_counter() - began
             found = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
             want = want or found
-            tell(options=more, same=found == want, ready_s=round(ready, 1), sums=llm.plan.why.get("sums"))
+            tell(
+                options=more,
+                same=found == want,
+                ready_s=round(ready, 1),
+                sums={c.op: c for c in llm.plan.choices}["reduce"].name if more else None,
+            )
             if found != want:
                 raise SystemExit(f"{more} gives other tokens than one rank: {found} and {want}")
             del llm
@@ -123,7 +128,8 @@ def measure(asked: argparse.Namespace) -> None:
         llm = LLM(path, **options)
     plan = llm.plan
     tell(ready_s=round(time.perf_counter() - began, 1), weights=plan.weights_bytes, why=plan.why,
-         choices={c.op: c.name for c in plan.choices})  # fmt: skip
+         choices={c.op: c.name for c in plan.choices},
+         why_not={n: w for c in plan.choices if c.op == "reduce" for n, w in c.rejected})  # fmt: skip
     for n, case in zip(batches, cases, strict=True):
         say = lambda text: print(f"{asked.part}: {text}", file=sys.stderr, flush=True)  # noqa: E731
         runs, _ = case.time(Workload(Slipstream(llm), case.input_len, say))
@@ -153,6 +159,8 @@ def run(part: str, asked: argparse.Namespace, seconds: float) -> list[Told]:
     words = [sys.executable, __file__, "--part", part, "--device", asked.device, *["--tiny"] * asked.tiny]
     # NVLink multicast stays off on shared hosts, whoever starts this.
     off = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+    if part == "sums":
+        words = [sys.executable, str(Path(__file__).with_name("sums.py"))]
     began = time.monotonic()
     child = subprocess.Popen(
         words, stdout=subprocess.PIPE, text=True, env={**off, **os.environ}, start_new_session=True
@@ -205,6 +213,9 @@ def report(told: dict[str, list[Told]], tiny: bool) -> bool:
             gib = [round(n / 2**30, 3) for n in (line["one"], *line["ranks"])]
             write_down(f"parallel.tp{SIZE}.bytes.{name}", value, "of one rank's weights", limit=1 / SIZE, gib=gib)
             mark(f"bytes of {name}: {value:.3f}, at most {MOST_BYTES}", value <= MOST_BYTES)
+    for line in told.get("sums", []):
+        print(f"sums over {SIZE} cards: {line}", file=sys.stderr)
+        kept |= {"sums_us": line["us"], "why_no_shared_memory": line["why_not"]} if "us" in line else {}
     one, tp, ep = ({t["batch"]: t for t in told.get(f"120b.{n}", []) if "batch" in t} for n in ("one", "tp", "ep"))
     machine = of(told.get("120b.one", []), "bandwidth")
     for kind, found in (("tp", tp), ("ep", ep)):
@@ -220,7 +231,7 @@ def report(told: dict[str, list[Told]], tiny: bool) -> bool:
                 seconds = max(one[n]["bytes"] / machine["bandwidth"], one[n]["flops"] / machine["matrices"])
                 more["limit"] = round(SIZE * n / seconds, 1)
             write_down(f"parallel.{kind}{SIZE}.b{n}", value, "tok/s", baseline={k: round(v, 2) for k, v in baseline.items()},
-                       ratio=ratio, choices=about.get("choices"), sums=about.get("why", {}).get("sums"), **more)  # fmt: skip
+                       ratio=ratio, choices=about.get("choices"), **more)  # fmt: skip
             if kind == "tp" and ratio is not None and n in LEAST:
                 mark(f"batch {n}: {ratio:.2f}x one card, at least {LEAST[n]}", ratio >= LEAST[n])
     for part, lines in told.items():
@@ -246,6 +257,8 @@ def main() -> None:
     told: dict[str, list[Told]] = {}
     for part in asked.only:
         left = end - time.monotonic()
+        if part == "sums" and asked.tiny:
+            continue  # it is of cards alone
         told[part] = run(part, asked, min(left, SECONDS[part])) if left > 10 else [{"failed": "found no more time"}]
         if part == "check" and of(told[part], "failed"):
             report(told, asked.tiny)
