@@ -24,7 +24,7 @@ ORDER = (
     "conversation", "pump", "llm_batch", "llm", "async_llm", "evaluation", "jobs",
 )  # fmt: skip
 # The fronts stand below all of these. `cli` may import the others; they do not import each other.
-FRONTS = ("server", "bench", "tuning", "bridge", "cli")
+FRONTS = ("server", "bench", "tuning", "bridge", "distributed", "cli")
 # Inside these, single files also hold to an order, as others rely on what they leave out.
 INSIDE = {
     "cache": ("spec", "budget", "pool", "pages", "storage"),

@@ -119,6 +119,10 @@ class Leader:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
+    def check(self) -> None:
+        """Raises RankError: a rank is gone."""
+        self._crew.check()
+
     def launch(self, step: Step) -> Flight:
         """Raises RankError: a rank is gone, or failed in this step, also this one: then no two are at the same place any more."""
         with self._crew.together(), _uninterrupted():
