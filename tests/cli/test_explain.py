@@ -67,7 +67,7 @@ def test_bytes_and_ranges_are_those_of_the_ranks(
     assert "layers.*.attention.qkv.weight" in out and "the largest" in out and "whole, added by rank 0 alone" in out
     assert ("enable_expert_parallel" in out) == spread and ("experts" in out) == (name == "gpt_oss")
     if spread:
-        assert "0-1 | 2-3 | 4-4" in out and "All-gather, not all-to-all" in out
+        assert "0-1 | 2-3 | 4-4" in out and "All-to-all of rows that" in out
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma2", "qwen3_moe", "gpt_oss"])

@@ -63,12 +63,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | Parts:  # (tokens, hidden)
         ids, weights = self.route(x)
-        if self.ranks.experts is not None:
-            ids = self._number(ids, self.ranks.experts)
+        own = ids if self.ranks.experts is None else self._number(ids, self.ranks.experts)
         out = self.experts.kernel.experts(
-            x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
+            x, own, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
         )
-        return self.ranks.reduce(out)
+        return self.ranks.reduce(out) if self.ranks.experts is None else self.ranks.combine(out, ids)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token and their shares, (tokens, top_k) each."""

@@ -15,7 +15,7 @@ from slipstream.config import ModelConfig
 from slipstream.ops.reduce import Slots
 from slipstream.ops.reduce.reference import reduce as collective
 from slipstream.parallel.peers import Peers
-from slipstream.parallel.shares import Ranks, Share, vocab_part
+from slipstream.parallel.shares import Ranks, Share, part, vocab_part
 
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
 
@@ -90,11 +90,20 @@ class Together:
     Attributes:
         vocab: rows of embedding and head that are here.
         experts: those that are here, where they are spread over the ranks; None where each has a part of them all.
+        exchange_from: tokens of a step from which on what they gave comes together by all-to-all.
         counted: of the key heads here, those that a sum over all ranks takes from this one, as others have them too.
         widths: of all queries and of all keys of a token.
     """
 
-    def __init__(self, wires: Wires, config: ModelConfig, ranks: Ranks, share: Share, ops: Any = None) -> None:
+    def __init__(
+        self,
+        wires: Wires,
+        config: ModelConfig,
+        ranks: Ranks,
+        share: Share,
+        ops: Any = None,
+        exchange_from: int | None = None,
+    ) -> None:
         self.ranks, self._group = ranks, wires.tensors
         self._ops, self._slots = ops, None if wires.peers is None else wires.peers.slots
         self.vocab = share.vocab
@@ -105,6 +114,9 @@ class Together:
         self.counted = [h * each in share.heads and h not in kv[:i] for i, h in enumerate(kv)]
         self.widths = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim)
         self._silent = False
+        self.exchange_from = exchange_from
+        homes = [i for i in range(ranks.size) for _ in part(config.num_experts, Ranks(i, ranks.size))]
+        self._homes = torch.tensor(homes)  # the rank of each expert
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -121,6 +133,31 @@ class Together:
             return Parts(x, self._ops, self._slots)
         return x if self._silent else collective(x, self._group)
 
+    def combine(self, x: Tensor, ids: Tensor) -> Tensor | Parts:  # (tokens, hidden), (tokens, top_k)
+        """The sum over all ranks of what spread experts gave, on all of them. Of a token that no expert here had, x is zero.
+
+        Args:
+            ids: numbers of experts in the whole model.
+        """
+        if self.exchange_from is None or len(x) < self.exchange_from or self._silent:
+            return self.reduce(x)
+        size, rank, tokens = self.ranks.size, self.ranks.rank, len(x)
+        each = -(-tokens // size)  # tokens that a rank adds up
+        self._homes = self._homes.to(x.device)
+        had = torch.zeros(size * each, size, dtype=torch.bool, device=x.device)
+        had[:tokens].scatter_(1, self._homes[ids.long()], True)
+        had = had.view(size, each, size)  # who adds it up, which, who had it
+        counts = had.sum(1).tolist()  # all ranks know all of them, as each knows the router's choice
+        come, go = counts[rank], [row[rank] for row in counts]
+        there = x.new_empty(sum(come), x.shape[1])
+        dist.all_to_all_single(there, x[had[:, :, rank].reshape(-1)[:tokens]], come, go, group=self._group)
+        total = torch.zeros(each, x.shape[1], device=x.device)
+        for rows, which in zip(there.split(come), had[rank].unbind(1), strict=True):  # in the order of the ranks
+            total[which] += rows.float()
+        out = x.new_empty(size * each, x.shape[1])
+        gather_into(out, total.to(x.dtype), group=self._group)
+        return out[:tokens]
+
     def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:  # (rows, own vocabulary) -> (rows, vocabulary)
         """Everybody's columns, side by side; in `out` if it is given."""
         rows, most = len(x), max(self._widths)
@@ -131,6 +168,6 @@ class Together:
             gather_into(parts.view(-1, most), x.contiguous(), group=self._group)
         if out is None:
             out = x.new_empty(rows, sum(self._widths))
-        for part, columns in zip(parts, out.split(self._widths, 1), strict=True):
-            columns.copy_(part[:, : columns.shape[1]])
+        for theirs, columns in zip(parts, out.split(self._widths, 1), strict=True):
+            columns.copy_(theirs[:, : columns.shape[1]])
         return out

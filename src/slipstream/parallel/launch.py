@@ -33,7 +33,7 @@ import torch.distributed as dist
 from slipstream import errors
 from slipstream.errors import ConfigError, KernelError, RankError, SlipstreamError
 from slipstream.parallel.collectives import Wires, gather_into
-from slipstream.parallel.launcher import COMING, FRONT, launchers_store, local, one_machine, whoami
+from slipstream.parallel.launcher import COMING, FRONT, Stopped, launchers_store, local, one_machine, whoami
 from slipstream.parallel.link import SILENCE, STARTING, Link
 from slipstream.parallel.peers import Peers, join
 from slipstream.parallel.shares import Ranks
@@ -167,8 +167,10 @@ class Others:
         with socket.create_server(("127.0.0.1" if here else "", 0)) as listener:
             listener.settimeout(0.1)
             self.store.set(FRONT, json.dumps([host, listener.getsockname()[1], key, *whoami()]))
+            watch = Stopped()
             while missing := {*range(1, self._size)} - {r.rank for r in self.ranks}:
                 self.check()
+                watch.look(missing)
                 if time.monotonic() > end:
                     raise RankError(f"rank {min(missing)} did not find rank 0 within {COMING:.0f} s; see what it wrote")
                 with contextlib.suppress(ValueError, TypeError, OSError):  # nobody yet, or a stranger
