@@ -76,6 +76,8 @@ class MoE(nn.Module):
 
     def _number(self, ids: Tensor, own: range) -> Tensor:
         """The numbers that experts have on this rank, -1 for those of others. What was picked is counted: nothing waits for it."""
+        if self.ranks.is_silent:  # there are no ids either, and what is in their place is no index
+            return torch.zeros_like(ids)
         if self._numbers is None or self.picked is None:
             numbers = torch.full((self.num_experts,), -1, dtype=ids.dtype)
             numbers[own.start : own.stop] = torch.arange(len(own), dtype=ids.dtype)

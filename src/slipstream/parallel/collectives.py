@@ -73,6 +73,7 @@ class Alone:
 
     ranks = Ranks()
     experts = None
+    is_silent = False
 
     def silent(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -90,6 +91,7 @@ class Together:
     Attributes:
         vocab: rows of embedding and head that are here.
         experts: those that are here, where they are spread over the ranks; None where each has a part of them all.
+        is_silent: others are not spoken to.
         exchange_from: tokens of a step from which on what they gave comes together by all-to-all.
         counted: of the key heads here, those that a sum over all ranks takes from this one, as others have them too.
         widths: of all queries and of all keys of a token.
@@ -113,7 +115,7 @@ class Together:
         kv = share.kv_heads
         self.counted = [h * each in share.heads and h not in kv[:i] for i, h in enumerate(kv)]
         self.widths = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim)
-        self._silent = False
+        self.is_silent = False
         self.exchange_from = exchange_from
         homes = [i for i in range(ranks.size) for _ in part(config.num_experts, Ranks(i, ranks.size))]
         self._homes = torch.tensor(homes)  # the rank of each expert
@@ -121,17 +123,17 @@ class Together:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Others are not spoken to: what comes of a step means nothing. For a rehearsal of this rank alone."""
-        self._silent = True
+        self.is_silent = True
         try:
             yield
         finally:
-            self._silent = False
+            self.is_silent = False
 
     def reduce(self, x: Tensor) -> Tensor | Parts:
         """The sum over all ranks, on all of them, or what becomes it. x may be overwritten."""
         if self._slots is not None and self._slots.take(x):
             return Parts(x, self._ops, self._slots)
-        return x if self._silent else collective(x, self._group)
+        return x if self.is_silent else collective(x, self._group)
 
     def combine(self, x: Tensor, ids: Tensor) -> Tensor | Parts:  # (tokens, hidden), (tokens, top_k)
         """The sum over all ranks of what spread experts gave, on all of them. Of a token that no expert here had, x is zero.
@@ -139,7 +141,7 @@ class Together:
         Args:
             ids: numbers of experts in the whole model.
         """
-        if self.exchange_from is None or len(x) < self.exchange_from or self._silent:
+        if self.exchange_from is None or len(x) < self.exchange_from or self.is_silent:
             return self.reduce(x)
         size, rank, tokens = self.ranks.size, self.ranks.rank, len(x)
         each = -(-tokens // size)  # tokens that a rank adds up
@@ -164,7 +166,7 @@ class Together:
         if x.shape[1] < most:
             x = torch.nn.functional.pad(x, (0, most - x.shape[1]))
         parts = x.new_empty(len(self._widths), rows, most)
-        if not self._silent:
+        if not self.is_silent:
             gather_into(parts.view(-1, most), x.contiguous(), group=self._group)
         if out is None:
             out = x.new_empty(rows, sum(self._widths))

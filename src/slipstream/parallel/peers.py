@@ -73,7 +73,7 @@ class Peers:
     def end(self) -> None:
         """Nobody on this card waits any more."""
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()):
-            self.slots.stop.fill_(1)
+            self.slots.stop.copy_(torch.ones(1, dtype=torch.int32))  # no kernel, which might wait for those that wait
 
     def free(self) -> None:
         """Nothing that was recorded with them runs again."""
