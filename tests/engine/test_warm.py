@@ -198,7 +198,9 @@ def test_one_of_two_ranks_speaks_to_nobody(
     assert names >= {"_sum", "_attend", "_attention_input", "_router", "_race", "add"}
     layers = SHAPE["num_hidden_layers"]
     norms = [norm for norm, _ in launched]
-    assert norms.count(True) == 2 * layers * norms.count(False) > 0, "but for the embedding, each sum is one with a norm"
+    assert norms.count(True) == 2 * layers * norms.count(False) > 0, (
+        "but for the embedding, each sum is one with a norm"
+    )
     assert max(rows for _, rows in launched) <= 256 and runner.plan.ops.ranks.is_silent is False
     assert not runner.model.expert_load()
 

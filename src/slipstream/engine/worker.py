@@ -29,6 +29,7 @@ from slipstream.parallel.launch import Others, connect
 from slipstream.parallel.launcher import find_front, launchers_store, one_machine, place, refuse_other_size
 from slipstream.parallel.link import Link
 from slipstream.parallel.shares import Ranks
+from slipstream.parallel.steps import receive, send
 from slipstream.plan import Plan, make_plan
 from slipstream.request import Step
 
@@ -111,7 +112,8 @@ class Leader:
     """Rank 0's runner: every step goes to all ranks before it is launched here."""
 
     def __init__(self, runner: Runner, crew: Crew) -> None:
-        self._runner, self._crew = runner, crew
+        assert crew.wires.words is not None
+        self._runner, self._crew, self._words = runner, crew, crew.wires.words
         if runner.decoder is not None:
             crew.end_with(weakref.WeakMethod(runner.decoder.drop))
         crew.ready()
@@ -127,7 +129,7 @@ class Leader:
         """Raises RankError: a rank is gone, or failed in this step, also this one: then no two are at the same place any more."""
         with self._crew.together(), _uninterrupted():
             try:
-                dist.broadcast_object_list([step], src=0, group=self._crew.wires.words)
+                send(step, self._words)
                 return self._runner.launch(step)
             except Exception as e:
                 raise self._crew.lost(e) from e
@@ -249,10 +251,9 @@ def _serve(link: Link, said: dict[str, Any]) -> None:
     load(plan.model, plan.loads, checkpoint, plan.device)
     runner = Runner(plan, plan.model)
     link.say("ready", True)
+    assert wires.words is not None
     while True:
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, group=wires.words)
-        runner.launch(box[0])
+        runner.launch(receive(wires.words))
 
 
 def gather(asked: EngineConfig, model: str) -> Crew | None:
