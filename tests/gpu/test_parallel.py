@@ -55,6 +55,18 @@ def test_tokens_are_those_of_one_card(folders: dict[str, Path], name: str, optio
     assert answers(load(folders[name], 2, **options)) == want
 
 
+def test_penalties_count_the_same_tokens(folders: dict[str, Path]) -> None:
+    """Tokens are chosen on each card, which has to know what was chosen before."""
+    kinds = [{"repetition_penalty": 1.8}, {"presence_penalty": 1.5}, {"logprobs": 1}, {"temperature": 0.9, "seed": 3}]
+    params = [PARAMS.replace(**kind) for kind in kinds]
+    found = []
+    for size in (1, 2):
+        llm = load(folders["llama"], size)
+        found.append([o.outputs[0].token_ids for o in llm.generate_batch(PROMPTS[:4], params, progress=False)])
+        del llm
+    assert found[0] == found[1]
+
+
 def test_mxfp4(tmp_path: Path) -> None:
     parity.save("gpt_oss", tmp_path / "model")
     publish(tmp_path / "model")

@@ -31,7 +31,7 @@ from slipstream.parallel.link import Link
 from slipstream.parallel.shares import Ranks
 from slipstream.parallel.steps import receive, send
 from slipstream.plan import Plan, make_plan
-from slipstream.request import Step
+from slipstream.request import UNKNOWN, Step
 
 _last: weakref.ref[Others] | None = None  # a process has one default group
 
@@ -252,8 +252,18 @@ def _serve(link: Link, said: dict[str, Any]) -> None:
     runner = Runner(plan, plan.model)
     link.say("ready", True)
     assert wires.words is not None
+    before: Flight | None = None
     while True:
-        runner.launch(receive(wires.words))
+        step = receive(wires.words)
+        # Steps end here in the order in which they do on rank 0, so that penalties count the same tokens in each.
+        if before is not None and not any(UNKNOWN in c.token_ids[-1:] for c in step.chunks):
+            runner.finish(before)
+            before = None
+        runner.follow(step)
+        flight = runner.launch(step)
+        if before is not None:
+            runner.finish(before)
+        before = flight if flight.plain else None  # else rank 0 alone chooses, and the next step has its tokens
 
 
 def gather(asked: EngineConfig, model: str) -> Crew | None:
