@@ -55,6 +55,15 @@ def test_tokens_are_those_of_one_card(folders: dict[str, Path], name: str, optio
     assert answers(load(folders[name], 2, **options)) == want
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=str)
+def test_experts_are_spread(folders: dict[str, Path], name: str, options: dict[str, Any]) -> None:
+    want = answers(load(folders[name], 1))
+    llm = load(folders[name], 2, enable_expert_parallel=True, **options)
+    assert answers(llm) == want
+    assert llm.engine.expert_load()
+
+
 def test_penalties_count_the_same_tokens(folders: dict[str, Path]) -> None:
     """Tokens are chosen on each card, which has to know what was chosen before."""
     kinds = [{"repetition_penalty": 1.8}, {"presence_penalty": 1.5}, {"logprobs": 1}, {"temperature": 0.9, "seed": 3}]

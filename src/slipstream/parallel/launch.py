@@ -320,15 +320,21 @@ def _abort(group: dist.ProcessGroup) -> None:
 
 
 def _leave(group: dist.ProcessGroup) -> None:
-    """NCCL's way of leaving in order wants all ranks to do it; the others are gone by now."""
-    if dist.get_backend(group) == "nccl":
-        aborting = threading.Thread(target=_abort, args=(group,), daemon=True)
-        aborting.start()
-        aborting.join(LEAVING)
-        if aborting.is_alive():  # and with it the group; a later one is refused, but nobody waits for ever
-            return
-    with contextlib.suppress(RuntimeError):
-        dist.destroy_process_group()
+    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now."""
+
+    def leave() -> None:
+        if nccl:
+            _abort(group)
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+    nccl = dist.get_backend(group) == "nccl"
+    if not nccl:
+        return leave()
+
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(LEAVING)  # if it is not done then, a later model is refused, but nobody waits for ever
 
 
 def _typed(kind: str) -> Any:
