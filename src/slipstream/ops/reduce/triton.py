@@ -93,9 +93,9 @@ def _sum(  # type: ignore[no-untyped-def]
     numbered = (count.to(tl.int64) << 32) | mine.to(tl.uint32, bitcast=True).to(tl.int64)
     for other in tl.static_range(RANKS):
         if other != RANK:
-            there = tl.load(table + other).to(tl.pointer_type(tl.int64))
+            there = tl.multiple_of(tl.load(table + other).to(tl.pointer_type(tl.int64)), 16)
             tl.store(there + slot + RANK * ROWS * MOST + at, numbered, mask=real)
-    here = tl.load(table + RANK).to(tl.pointer_type(tl.int64))
+    here = tl.multiple_of(tl.load(table + RANK).to(tl.pointer_type(tl.int64)), 16)
     low, high = tl.zeros((SIZE,), tl.float32), tl.zeros((SIZE,), tl.float32)
     for other in tl.static_range(RANKS):
         word = mine
@@ -104,9 +104,10 @@ def _sum(  # type: ignore[no-untyped-def]
             found = tl.load(place, mask=real, other=0, volatile=True)
             waits = tl.max((real & ((found >> 32).to(tl.int32) != count)).to(tl.int32), 0)
             while waits != 0:
+                over = tl.load(stop, volatile=True)
                 found = tl.load(place, mask=real, other=0, volatile=True)
                 waits = tl.max((real & ((found >> 32).to(tl.int32) != count)).to(tl.int32), 0)
-                waits = tl.where(tl.load(stop, volatile=True) != 0, 0, waits)
+                waits = tl.where(over != 0, 0, waits)
             word = found.to(tl.int32)
         low += _low(word, HALVES)
         if HALVES:
