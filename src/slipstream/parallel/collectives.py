@@ -165,11 +165,13 @@ class Together:
         rows, most = len(x), max(self._widths)
         if x.shape[1] < most:
             x = torch.nn.functional.pad(x, (0, most - x.shape[1]))
-        parts = x.new_empty(len(self._widths), rows, most)
-        if not self.is_silent:
-            gather_into(parts.view(-1, most), x.contiguous(), group=self._group)
         if out is None:
             out = x.new_empty(rows, sum(self._widths))
-        for theirs, columns in zip(parts, out.split(self._widths, 1), strict=True):
+        # Of one row and even parts, each can arrive where it belongs.
+        straight = rows == 1 and len(set(self._widths)) == 1 and out.dtype == x.dtype
+        parts = (out if straight else x.new_empty(rows * len(self._widths), most)).view(len(self._widths), rows, most)
+        if not self.is_silent:
+            gather_into(parts.view(len(self._widths) * rows, most), x.contiguous(), group=self._group)
+        for theirs, columns in zip(() if straight else parts, out.split(self._widths, 1), strict=not straight):
             columns.copy_(theirs[:, : columns.shape[1]])
         return out

@@ -155,7 +155,7 @@ def make_plan(
     def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
         sequences, batched = sizes(asked, hardware, why)
         workspace = workspace_bytes(config, batched, sequences, dtype)
-        spare = graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        spare = graphs_bytes(config, sequences, dtype, groups, page_size, laid.ranks.size) if graphs else 0
         if any(g.window is None for g in groups):
             longest = asked.max_model_len or config.max_position_embeddings
             sums = attention.scratch_bytes(attends, sequences, laid.local.num_heads, config.head_dim, longest)
