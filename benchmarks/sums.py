@@ -22,7 +22,7 @@ from torch import Tensor
 from slipstream.ops.norm.reference import add_norm
 from slipstream.ops.norm.triton import add_norm as triton_norm
 from slipstream.ops.reduce.triton import reduce, reduce_norm
-from slipstream.parallel.launch import connect
+from slipstream.parallel.connect import connect
 from slipstream.parallel.shares import Ranks
 
 ROWS, WIDTH, MANY = (1, 8, 64, 256), 2880, 72

@@ -25,7 +25,8 @@ from slipstream.checkpoint.open import Checkpoint, open_checkpoint, open_random
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.errors import ConfigError
-from slipstream.parallel.launch import Others, connect
+from slipstream.parallel.connect import connect
+from slipstream.parallel.launch import Others
 from slipstream.parallel.launcher import find_front, launchers_store, one_machine, place, refuse_other_size
 from slipstream.parallel.link import Link
 from slipstream.parallel.shares import Ranks

@@ -23,23 +23,18 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from slipstream import errors
 from slipstream.errors import ConfigError, KernelError, RankError, SlipstreamError
-from slipstream.parallel.collectives import Wires, gather_into
 from slipstream.parallel.launcher import COMING, FRONT, Stopped, launchers_store, local, one_machine, whoami
 from slipstream.parallel.link import SILENCE, STARTING, Link
-from slipstream.parallel.peers import Peers, join
-from slipstream.parallel.shares import Ranks
+from slipstream.parallel.peers import Peers
 
 T = TypeVar("T")
-FOREVER = timedelta(days=999)  # between two requests; who is gone is noticed otherwise
 MEETING = timedelta(seconds=20)  # to connect with ranks that are known to be there
 ROOT = str(Path(errors.__file__).parents[1])
 PROGRAM = """  # finds this same slipstream, and then what rank 0 finds; its script's folder hides no module of Python's
@@ -306,9 +301,10 @@ class Others:
             if rank.log is not None:
                 rank.log.close()
         self.let_go()
+        left = True
         if self.group is not None and dist.is_initialized() and dist.group.WORLD is self.group:
-            _leave(self.group)
-        if self.peers is not None:
+            left = _leave(self.group)
+        if self.peers is not None and left:
             with contextlib.suppress(KernelError, RuntimeError):  # RuntimeError: the card is lost
                 self.peers.free()
         self.group = self.store = self.peers = None
@@ -319,8 +315,8 @@ def _abort(group: dist.ProcessGroup) -> None:
         group.abort()
 
 
-def _leave(group: dist.ProcessGroup) -> None:
-    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now."""
+def _leave(group: dist.ProcessGroup) -> bool:
+    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now. Whether it is done."""
 
     def leave() -> None:
         if nccl:
@@ -330,11 +326,12 @@ def _leave(group: dist.ProcessGroup) -> None:
 
     nccl = dist.get_backend(group) == "nccl"
     if not nccl:
-        return leave()
-
+        leave()
+        return True
     leaving = threading.Thread(target=leave, daemon=True)
     leaving.start()
     leaving.join(LEAVING)  # if it is not done then, a later model is refused, but nobody waits for ever
+    return not leaving.is_alive()
 
 
 def _typed(kind: str) -> Any:
@@ -353,47 +350,3 @@ def _welcome(end: socket.socket, key: str) -> _Rank:
     if not secrets.compare_digest(str(said), key):
         raise ValueError("it does not know the key")
     return _Rank(int(rank), link, pid=local(int(pid), machine))
-
-
-def connect(ranks: Ranks, store: dist.Store, device: torch.device, here: bool, reduce: str | None) -> Wires:
-    """Args:
-    here: all ranks are on this machine, so nobody else needs to reach the sockets of gloo.
-    reduce: the implementation of sums that was asked for.
-    """
-    name = "GLOO_SOCKET_IFNAME"
-    if here and name not in os.environ and sys.platform == "linux":
-        os.environ[name] = "lo"
-        try:
-            return _connect(ranks, store, device, here, reduce)
-        finally:
-            del os.environ[name]
-    return _connect(ranks, store, device, here, reduce)
-
-
-def _connect(ranks: Ranks, store: dist.Store, device: torch.device, here: bool, reduce: str | None) -> Wires:
-    peers, why = None, None
-    options: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.size, "timeout": FOREVER}
-    if device.type == "cuda":  # not tried on a card yet
-        # Else torch ends this process when another rank, or its store, is gone; we want to say which one it was.
-        for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
-            os.environ.setdefault(name, "0")
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **options)
-        # Channels take memory when they are first used: before what is free gets divided, and before a graph records them.
-        for count in (1, 1 << 22):
-            x = torch.zeros(count, device=device)
-            dist.all_reduce(x)
-            gather_into(x.new_empty(ranks.size * count), x)
-        torch.cuda.synchronize(device)
-        if here and reduce != "collective":
-            peers, why = join(ranks, store, device, partial(_all_agree, device))
-    else:
-        dist.init_process_group("gloo", **options)
-    words = dist.new_group(backend="gloo", timeout=FOREVER)
-    return Wires(dist.group.WORLD, words, peers, why or None, 1 if here else 2)
-
-
-def _all_agree(device: torch.device, good: bool) -> bool:
-    found = torch.tensor(int(good), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MIN)
-    return bool(found)

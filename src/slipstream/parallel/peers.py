@@ -33,6 +33,7 @@ class Peers:
     def __init__(self, ranks: Ranks, store: dist.Store, device: torch.device) -> None:
         """Raises OSError, KernelError: it cannot be had on this machine."""
         self._device = device
+        self._aside = torch.cuda.Stream(device, priority=-1)  # those of this kind are nobody else's here
         self._opened: list[ctypes.c_uint64] = []
         key = f"peers/{ranks.rank}"
         try:
@@ -72,7 +73,7 @@ class Peers:
 
     def end(self) -> None:
         """Nobody on this card waits any more."""
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._aside):
             self.slots.stop.copy_(torch.ones(1, dtype=torch.int32))  # no kernel, which might wait for those that wait
 
     def free(self) -> None:
@@ -118,7 +119,7 @@ def join(
     try:
         peers = Peers(ranks, store, device)
         _compile(peers.slots)
-    except (OSError, RuntimeError, KernelError) as e:
+    except (OSError, RuntimeError, ImportError, KernelError) as e:
         why = f"the cards' memory is not shared: {type(e).__name__}: {e}"
     if not all_agree(not why):
         return None, why or "another rank cannot share its card's memory"
