@@ -50,11 +50,9 @@ class LLM:
         asked = EngineConfig(**options)
         with no_collection():
             self._start(model, asked, progress)
-            from slipstream.engine.runner import Runner
             from slipstream.engine.warm import warm
 
-            if isinstance(self.engine.runner, Runner):  # a rehearsal of one rank alone would wait for the others
-                warm(self.engine.runner, compiling)
+            warm(self.engine.runner, compiling)  # other ranks of this machine find in Triton's cache what it compiles
         self._ids = itertools.count()
 
     def _start(

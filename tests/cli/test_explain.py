@@ -17,6 +17,7 @@ from slipstream.checkpoint.load import load
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Runner
+from slipstream.parallel import collectives
 from slipstream.parallel.shares import Ranks
 from slipstream.plan import Plan, make_plan
 from tests.cli.conftest import Run
@@ -66,7 +67,7 @@ def test_bytes_and_ranges_are_those_of_the_ranks(
     assert "layers.*.attention.qkv.weight" in out and "the largest" in out and "whole, added by rank 0 alone" in out
     assert ("enable_expert_parallel" in out) == spread and ("experts" in out) == (name == "gpt_oss")
     if spread:
-        assert "0-1 | 2-3 | 4-4" in out and "All-gather, not all-to-all" in out
+        assert "0-1 | 2-3 | 4-4" in out and "All-to-all of rows that" in out
 
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma2", "qwen3_moe", "gpt_oss"])
@@ -86,15 +87,12 @@ def test_collectives_are_those_of_a_step(
         def reduce(x: torch.Tensor, group: Any, seen: Counter[tuple[str, int]] = seen) -> None:
             seen["all_reduce", x.nbytes] += 1
 
-        def gather(
-            parts: list[torch.Tensor], x: torch.Tensor, group: Any, seen: Counter[tuple[str, int]] = seen
-        ) -> None:
-            seen["all_gather", sum(p.nbytes for p in parts)] += 1
-            for p in parts:
-                p.zero_()
+        def gather(parts: torch.Tensor, x: torch.Tensor, group: Any, seen: Counter[tuple[str, int]] = seen) -> None:
+            seen["all_gather", parts.nbytes] += 1
+            parts.zero_()
 
         monkeypatch.setattr(dist, "all_reduce", reduce)
-        monkeypatch.setattr(dist, "all_gather", gather)
+        monkeypatch.setattr(collectives, "gather_into", gather)
         engine = SimpleNamespace(plan=plan, engine=SimpleNamespace(runner=Runner(plan, plan.model)))
         all_logits(cast(Any, engine), [[i + 1] for i in range(tokens)])
         want: Counter[tuple[str, int]] = Counter()

@@ -90,8 +90,8 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
         kv_cache_memory_bytes=3 << 20, gpu_memory_utilization=0.4, page_size=8, attn_implementation="sdpa",
         linear_implementation="torch", num_threads=1, enable_prefix_caching=False,
         scheduling_policy="priority", batch_invariant=True, weights="random", enforce_eager=True, async_scheduling=False,
-        moe_implementation="loop", enable_expert_parallel=True, kernels={"norm": "a/b:C"}, use_kernels=True,
-        kernels_lock="my.lock", kernels_policy="my.toml",
+        moe_implementation="loop", reduce_implementation="collective", enable_expert_parallel=True,
+        kernels={"norm": "a/b:C"}, use_kernels=True, kernels_lock="my.lock", kernels_policy="my.toml",
     )  # fmt: skip
     for f in dataclasses.fields(EngineConfig):
         if f.name not in (
@@ -104,8 +104,8 @@ def test_every_engine_option_reaches_the_engine(slipstream: Run, model: str, mon
         --max-num-batched-tokens 32 --kv-cache-memory-bytes 3MiB --gpu-memory-utilization 0.4 --page-size 8
         --attn-implementation sdpa --linear-implementation torch --num-threads 1 --no-enable-prefix-caching
         --scheduling-policy priority --batch-invariant --weights random --enforce-eager --no-async-scheduling
-        --moe-implementation loop --enable-expert-parallel --kernels norm=a/b:C --use-kernels --kernels-lock my.lock
-        --kernels-policy my.toml""")
+        --moe-implementation loop --reduce-implementation collective --enable-expert-parallel
+        --kernels norm=a/b:C --use-kernels --kernels-lock my.lock --kernels-policy my.toml""")
     bench = ["--batch-size", 3, "--input-len", 9, "--output-len", 9]
     for command in (["generate", model, "x"], ["chat", model], ["explain", model], ["bench", "decode", model, *bench]):
         with pytest.raises(ZeroDivisionError):  # a bug of ours is not dressed up as a mistake of the user

@@ -19,6 +19,8 @@ from slipstream.checkpoint.open import open_random
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Runner
 from slipstream.hardware import Hardware
+from slipstream.parallel.collectives import Wires
+from slipstream.parallel.shares import Ranks
 from slipstream.plan import Plan, make_plan
 
 CARD = "NVIDIA H100 80GB HBM3"
@@ -49,13 +51,19 @@ def compiler(cache: Path) -> Iterator[None]:
         config._active, knobs.dir = before
 
 
-def plan_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, **options: Any) -> Plan:
-    """What would run there. Nothing is loaded."""
+def plan_for(
+    folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, wires: Wires | None = None, **options: Any
+) -> Plan:
+    """What would run there. Nothing is loaded.
+
+    Args:
+        wires: of the first of two ranks.
+    """
 
     def chain(device: object) -> dict[str, bool]:
         return {"CHAIN": True, "launch_pdl": True}
 
-    for name in ("attention", "attention_input", "moe", "norm", "router"):
+    for name in ("attention", "attention_input", "moe", "norm", "reduce", "router"):
         patch.setattr(f"slipstream.ops.{name}.triton.chain", chain)
     patch.setattr("slipstream.ops.linear.triton_few.chain", chain)
     patch.setattr("slipstream.ops.moe.triton._hopper", lambda device: True)
@@ -63,7 +71,8 @@ def plan_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, **
     patch.setattr("slipstream.plan.layout.find_hardware", lambda asked, why: Hardware("cuda", CARD, 64 << 30, (9, 0)))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    return make_plan(EngineConfig(weights="random", **options), open_random(folder))
+    ranks = None if wires is None else Ranks(0, 2)
+    return make_plan(EngineConfig(weights="random", **options), open_random(folder), ranks=ranks, wires=wires)
 
 
 def runner_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, **options: Any) -> Runner:

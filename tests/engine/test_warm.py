@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ from triton.runtime.jit import JITFunction
 from slipstream.engine import warm
 from slipstream.engine.graphs import Shape
 from slipstream.engine.runner import Runner
+from slipstream.ops.reduce import Slots
+from slipstream.ops.reduce import triton as reduce_triton
+from slipstream.parallel.collectives import Wires
 from tests.engine import hopper
 
 SHAPE = {
@@ -159,6 +163,46 @@ def test_every_kernel_of_any_step_is_among_them(
         for rows in range(1, 25):
             _decode(runner, rows, draw.randrange(2100))
     assert not keys - ahead
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["cut", "spread"])
+def test_one_of_two_ranks_speaks_to_nobody(
+    spread: bool, tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels are those of its part of the model, with the sums through shared memory and the norms in them."""
+
+    def speak(*_: object, **more: object) -> None:
+        raise AssertionError("the other rank is not there")
+
+    for name in ("all_reduce", "all_to_all_single"):
+        monkeypatch.setattr(torch.distributed, name, speak)
+    monkeypatch.setattr("slipstream.parallel.collectives.gather_into", speak)
+    places = (torch.zeros(2, dtype=torch.int64), *(torch.zeros(n, dtype=torch.int32) for n in (256, 1)))
+    peers: Any = SimpleNamespace(slots=Slots(0, 2, *places))
+    runner = hopper.runner_for(
+        tmp_path / "model", SHAPE, monkeypatch, wires=Wires(peers=peers), max_num_seqs=5, max_num_batched_tokens=300,
+        max_model_len=400, tensor_parallel_size=2, enable_expert_parallel=spread,
+    )  # fmt: skip
+    assert {c.op: c.name for c in runner.plan.choices}["reduce"] == "peers"
+    launched: list[tuple[bool, int]] = []
+    launch = reduce_triton._launch
+
+    def seen(part: torch.Tensor, x: torch.Tensor | None, *more: Any) -> None:
+        launched.append((x is not None, len(part)))
+        launch(part, x, *more)
+
+    monkeypatch.setattr(reduce_triton, "_launch", seen)
+    with warm.diverted():
+        warm.rehearse(runner)
+    names = {name for name, _ in keys}
+    assert names >= {"_sum", "_attend", "_attention_input", "_router", "_race", "add"}
+    layers = SHAPE["num_hidden_layers"]
+    norms = [norm for norm, _ in launched]
+    assert norms.count(True) == 2 * layers * norms.count(False) > 0, (
+        "but for the embedding, each sum is one with a norm"
+    )
+    assert max(rows for _, rows in launched) <= 256 and runner.plan.ops.ranks.is_silent is False
+    assert not runner.model.expert_load()
 
 
 def _decode(runner: Runner, rows: int, start: int) -> None:

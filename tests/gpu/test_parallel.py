@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tests.parity import tiny as parity
 from tests.parity.test_mxfp4 import publish
 
 pytestmark = pytest.mark.multi_gpu
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [[7 * i + j for j in range(3 + 9 * i)] for i in range(7)]
 PARAMS = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
 NAMES = ["llama", "gpt_oss", "qwen3_moe", "gemma2"]
@@ -52,6 +55,27 @@ def test_tokens_are_those_of_one_card(folders: dict[str, Path], name: str, optio
     assert answers(load(folders[name], 2, **options)) == want
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=str)
+def test_experts_are_spread(folders: dict[str, Path], name: str, options: dict[str, Any]) -> None:
+    want = answers(load(folders[name], 1))
+    llm = load(folders[name], 2, enable_expert_parallel=True, **options)
+    assert answers(llm) == want
+    assert llm.engine.expert_load()
+
+
+def test_penalties_count_the_same_tokens(folders: dict[str, Path]) -> None:
+    """Tokens are chosen on each card, which has to know what was chosen before."""
+    kinds = [{"repetition_penalty": 1.8}, {"presence_penalty": 1.5}, {"logprobs": 1}, {"temperature": 0.9, "seed": 3}]
+    params = [PARAMS.replace(**kind) for kind in kinds]
+    found = []
+    for size in (1, 2):
+        llm = load(folders["llama"], size)
+        found.append([o.outputs[0].token_ids for o in llm.generate_batch(PROMPTS[:4], params, progress=False)])
+        del llm
+    assert found[0] == found[1]
+
+
 def test_mxfp4(tmp_path: Path) -> None:
     parity.save("gpt_oss", tmp_path / "model")
     publish(tmp_path / "model")
@@ -64,6 +88,28 @@ def test_collectives_are_in_the_graphs(folders: dict[str, Path]) -> None:
     decoder = llm.engine.runner.decoder
     assert decoder is not None and decoder._recorded
     assert [answers(llm) for _ in range(3)] == [first] * 3
+
+
+def test_sums_through_shared_memory_are_those_of_nccl() -> None:
+    """And can be had: cards of one machine reach each other's memory."""
+    ran = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/sums.py"], capture_output=True, text=True, timeout=150,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout.splitlines()[-1])
+    assert said["why_not"] is None and all("shared memory, with norm" in us for us in said["us"].values()), said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_of_sums_give_the_same_tokens(folders: dict[str, Path], name: str) -> None:
+    found = {}
+    for way in ("peers", "collective"):
+        llm = load(folders[name], 2, reduce_implementation=way)
+        assert {c.op: c.name for c in llm.plan.choices}["reduce"] == way
+        found[way] = answers(llm)
+        del llm
+    assert found["peers"] == found["collective"]
 
 
 def test_bytes_of_a_rank(tmp_path: Path) -> None:

@@ -19,21 +19,34 @@ from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Runner
 from slipstream.parallel.shares import Ranks
-from slipstream.plan import make_plan
+from slipstream.plan import layout, make_plan
 from tests.parity.test_architectures import all_logits
 
 PROMPTS = [[7, 3, 90, 4, 4, 61], list(range(40)), [11]]
 
 
 def logits(folder: Path, ranks: Ranks, options: dict[str, Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """`least_tokens` among the options takes the place of the plan's own: from how many on experts speak all to all."""
+    options = dict(options)
+    if (least := options.pop("least_tokens", None)) is not None:
+        layout.least_tokens = lambda *_: least
     checkpoint = open_checkpoint(folder)
     asked = EngineConfig(
         **{"device": "cpu", "dtype": "float32", "kv_cache_memory_bytes": 8 << 20, "max_model_len": 128, **options}
     )
-    plan = make_plan(asked, checkpoint, ranks=ranks, group=None)
+    plan = make_plan(asked, checkpoint, ranks=ranks)
     load(plan.model, plan.loads, checkpoint, plan.device)
     runner = Runner(plan, plan.model)
+    exchanges = []
+    exchange = dist.all_to_all_single
+
+    def counted(there: torch.Tensor, sent: torch.Tensor, come: list[int], go: list[int], group: Any) -> None:
+        exchanges.append((come, go))
+        exchange(there, sent, come, go, group=group)
+
+    dist.all_to_all_single = counted
     found = all_logits(cast(Any, SimpleNamespace(plan=plan, engine=SimpleNamespace(runner=runner))), PROMPTS)
+    dist.all_to_all_single = exchange
     load_of_experts = {i: counts.tolist() for i, counts in plan.model.expert_load().items()}
     tokens = sum(map(len, PROMPTS))
     return found, {
@@ -42,6 +55,7 @@ def logits(folder: Path, ranks: Ranks, options: dict[str, Any]) -> tuple[list[to
         "weights": plan.weights_bytes,
         "kv": plan.kv_bytes,
         "pages": plan.num_pages,
+        "exchanges": exchanges,
     }
 
 

@@ -173,14 +173,25 @@ def test_fifty_faults(folder: Path, what: signal.Signals) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    (
-        "what",
-        "delay",
-    ),  # about while it starts, and in steps; rank 0 is not missed so soon before it has spoken
-    [(signal.SIGKILL, 4.0), (signal.SIGKILL, 12.0), (signal.SIGSTOP, 12.0)],
+    ("what", "delay"),  # before it has said anything, about while it starts, and in steps
+    [(signal.SIGKILL, 4.0), (signal.SIGKILL, 12.0), (signal.SIGSTOP, 0.5), (signal.SIGSTOP, 12.0)],
     ids=lambda v: getattr(v, "name", str(v)),
 )
 def test_a_fault_under_torchrun(folder: Path, what: signal.Signals, rank: int, delay: float) -> None:
+    one_launch(folder, what, rank, delay)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP], ids=lambda v: v.name)
+def test_ten_faults_under_torchrun(folder: Path, what: signal.Signals) -> None:
+    draw = random.Random()
+    took = sorted(one_launch(folder, what, draw.randrange(2), draw.random() * 14) for _ in range(10))
+    print(f"\n10 x {what.name} under torchrun: median {took[5]:.1f} s, longest {took[-1]:.1f} s until all were gone")
+
+
+def one_launch(folder: Path, what: signal.Signals, rank: int, delay: float) -> float:
+    """Seconds from the signal until the launcher and all ranks are gone."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tests.parallel.front", str(folder), "2"]
     launcher = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE,
@@ -193,10 +204,16 @@ def test_a_fault_under_torchrun(folder: Path, what: signal.Signals, rank: int, d
             ranks = launched(launcher.pid)
             time.sleep(0.05)
         time.sleep(delay)
+        began, ports = time.monotonic(), listening([*ranks.values(), launcher.pid])
         os.kill(ranks[rank], what)
         out, _ = launcher.communicate(timeout=WITHIN)
         assert launcher.returncode and not any(map(lives, ranks.values()))
         assert f"rank {rank} " in out or f"rank      : {rank} " in out, out
+        assert not ports & open_ports()
+        return time.monotonic() - began
+    except BaseException as e:
+        e.add_note(f"{what.name} of rank {rank} after {delay:.2f} s")
+        raise
     finally:
         for pid in (*ranks.values(), launcher.pid):
             if lives(pid):

@@ -78,6 +78,23 @@ def test_the_same_tokens_one_model_after_another(folder: Path) -> None:
         del llm
 
 
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "one by one"])
+def test_penalties_count_the_same_tokens_on_every_rank(folder: Path, ahead: bool) -> None:
+    """Ranks that choose tokens on their own device have to know what was chosen before, also by rank 0 alone (log-probabilities)."""
+    kinds: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.8}, {"frequency_penalty": 1.5, "presence_penalty": 0.7}, {"logprobs": 1, "max_new_tokens": 7},
+        {"repetition_penalty": 1.4, "temperature": 0.9, "seed": 3}, {}, {"presence_penalty": 2.0, "max_new_tokens": 31},
+    ]  # fmt: skip
+    params = [SamplingParams(**{"temperature": 0, "max_new_tokens": 25, "ignore_eos": True, **kind}) for kind in kinds]
+    prompts = [[5 + i, 9, 40 + 3 * i] * (1 + i % 3) for i in range(len(kinds))]
+    found = []
+    for size in (1, 2):
+        llm = LLM(folder, **{**OPTIONS, "tensor_parallel_size": size, "async_scheduling": ahead, "max_num_seqs": 4})
+        found.append([o.outputs[0].token_ids for o in llm.generate_batch(prompts, params, progress=False)])
+        del llm
+    assert found[0] == found[1]
+
+
 def test_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot share cuda:1"):
         two(folder, device="cuda:1")
@@ -144,8 +161,8 @@ def test_ctrl_c_in_a_step_leaves_the_ranks_together(folder: Path, monkeypatch: p
 
 def break_there(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rank gets something else than a step."""
-    send = dist.broadcast_object_list
-    monkeypatch.setattr(worker.dist, "broadcast_object_list", lambda _, **more: send(["no step"], **more))
+    send = worker.send
+    monkeypatch.setattr(worker, "send", lambda _, group: send("no step", group))
 
 
 def break_here(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

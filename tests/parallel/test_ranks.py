@@ -101,6 +101,33 @@ def test_experts_are_spread(folders: list[Path], tmp_path: Path, size: int) -> N
                 assert len(counts) == number and sum(counts) == tokens * config["num_experts_per_tok"]
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_experts_speak_all_to_all(tmp_path: Path, size: int) -> None:
+    """The same logits, from one token on. What a rank sends another is what that one expects of it, and only what its experts had."""
+    some = []
+    for name, more in MIXTURES.items():
+        some.append(tmp_path / name)
+        sized(tmp_path / name, name, {**more, "num_experts_per_tok": 2})
+    said = run(size, some, tmp_path / "out", enable_expert_parallel=True, least_tokens=1, max_num_batched_tokens=21)
+    saved = 0
+    for folder in some:
+        want, _ = logits(folder, Ranks(), {})
+        for mine, theirs in zip(torch.load(tmp_path / "out" / f"{folder.name}.pt"), want, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4, msg=lambda text, f=folder: f"{f.name}: {text}")
+        steps = list(zip(*(rank[str(folder)]["exchanges"] for rank in said), strict=True))
+        assert steps
+        for step in steps:
+            for a in range(size):
+                for b in range(size):
+                    (come, _), (_, go) = step[a], step[b]
+                    assert come[b] == go[a]
+        tokens = said[0][str(folder)]["tokens"] * len(said[0][str(folder)]["load"])
+        rows = sum(sum(go) for step in steps for _, go in step)
+        assert tokens <= rows <= 2 * tokens, "each is on one rank or on two"
+        saved += rows < min(2, size) * tokens
+    assert saved
+
+
 @pytest.mark.parametrize("format", ["mxfp4", "int8", "int4"])
 def test_quantized_while_loading(tmp_path: Path, format: str) -> None:
     sized(tmp_path / "llama", "llama")

@@ -134,11 +134,12 @@ def _sharing_tables(shared: Sharing) -> list[Table]:
     rows.append(("all", str(len(shared.shards)), "", "", "", "", " | ".join(map(size, weights))))
     steps = list(shared.steps.items())
     said = []
-    for found in zip(*(found for _, found in steps), strict=True):
-        said.append((found[0].of, found[0].kind, str(found[0].calls), *(size(c.nbytes) for c in found)))
+    named = [{(c.of, c.kind): c for c in found} for _, found in steps]
+    for key, one in {key: c for found in named for key, c in found.items()}.items():  # not every step has them all
+        said.append((*key, str(one.calls), *(size(found[key].nbytes) if key in found else "-" for found in named)))
     totals = (size(sum(c.calls * c.nbytes for c in found)) for _, found in steps)
     sent = (size(sum(c.sent(shared.ranks) for c in found)) for _, found in steps)
-    said += [("all", "", str(sum(c.calls for c in steps[0][1])), *totals), ("sent by a rank, in a ring", "", "", *sent)]
+    said += [("all", "", "", *totals), ("sent by a rank, in a ring", "", "", *sent)]
     columns = (
         "of",
         "what",

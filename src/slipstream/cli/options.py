@@ -276,6 +276,9 @@ class EngineOptions:
     moe_implementation: Annotated[
         str | None, _engine("The same for the experts of a mixture. Default: the fastest that fits.")
     ] = None
+    reduce_implementation: Annotated[
+        str | None, _engine("The same for small sums over ranks. Default: the fastest that fits.")
+    ] = None
     kernels: Annotated[
         list[str] | None,
         _engine(

@@ -43,6 +43,7 @@ class EngineConfig:
         attn_implementation: force one of the implementations that `explain` lists, or the kernels of a repository (org/name).
         linear_implementation: the same for every weight that it takes; an error if it takes none. Not of a repository.
         moe_implementation: force one for the experts of a mixture, as attn_implementation does.
+        reduce_implementation: force one for small sums over ranks.
         kernels: builtin runs none but our own; auto also those of the repositories that we know (ops/candidate.py) where they are
             pinned, right and not slower; reference runs plain torch; {"norm": "org/name:Layer", ...} forces what it names.
         use_kernels: another word for kernels: true is auto, false is builtin.
@@ -73,6 +74,7 @@ class EngineConfig:
     attn_implementation: str | None = None
     linear_implementation: str | None = None
     moe_implementation: str | None = None
+    reduce_implementation: str | None = None
     kernels: Any = None
     use_kernels: bool | None = None
     kernels_lock: str | None = None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slipstream.batch import DTYPES, Batch, GroupBatch, aligned
 from slipstream.cache.storage import Storage
+from slipstream.errors import KernelError
 from slipstream.layers.transformer import Transformer
 from slipstream.plan import Plan
 from slipstream.request import UNKNOWN, Chunk, PageTable
@@ -125,6 +126,10 @@ class Decoder:
         self._recorded: dict[Shape, Run] = {}
         self._tables: dict[tuple[int, int], tuple[PageTable, np.ndarray]] = {}  # as arrays, while they do not change
 
+    def drop(self) -> None:
+        """Let go of all that was recorded."""
+        self._recorded.clear()
+
     def forget(self, sequence: int) -> None:
         for group in range(len(self._most)):
             self._tables.pop((sequence, group), None)
@@ -157,9 +162,15 @@ class Decoder:
             step, used = self._step(shape), self._plan.ops.used
             try:
                 run = record(step) if used is None else used.record(record, step)
-            except (RuntimeError, AssertionError) as e:  # this size goes on kernel by kernel, and says so
+            except (RuntimeError, AssertionError) as e:
+                if (
+                    self._model.ranks.ranks.size > 1
+                ):  # others may have recorded it, and would run it another number of times
+                    raise KernelError(
+                        f"a step of {shape.rows} rows cannot be recorded as a CUDA graph: {e}; try enforce_eager=True"
+                    ) from e
                 warnings.warn(f"a step of {shape.rows} rows cannot be recorded, and runs slower: {e}", stacklevel=2)
-                run = step
+                run = step  # this size goes on kernel by kernel
                 again()
             self._recorded[shape] = run
         return run()[: len(chunks)]

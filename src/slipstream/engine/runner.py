@@ -76,6 +76,15 @@ class Runner:
         with torch.inference_mode(), self.on_stream():
             return self._finish(flight)
 
+    def follow(self, step: Step) -> None:
+        """On a rank that others choose tokens for: note those that this step goes on from, before it is launched."""
+        for c in step.chunks:
+            row = self.rows.get(c.sequence)
+            if row is not None:
+                known = len(row.prompt_token_ids) + len(row.output_token_ids)
+                new = [t for t in c.token_ids[max(0, known - c.start) :] if t != UNKNOWN]
+                row.output_token_ids.extend(new)  # type: ignore[attr-defined]
+
     def on_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 

@@ -27,6 +27,7 @@ import torch
 from slipstream.batch import build_batch, to_device
 from slipstream.config.paths import cache_root
 from slipstream.engine.runner import Runner
+from slipstream.engine.worker import Leader
 from slipstream.ops.tuned import own_table
 from slipstream.plan import Plan
 from slipstream.plan.choices import waits
@@ -42,7 +43,7 @@ ROWS = (
 _one_at_a_time = threading.Lock()
 
 
-def warm(runner: Runner, tell: Tell | None = None) -> int:
+def warm(runner: Runner | Leader, tell: Tell | None = None) -> int:
     """Compile what serving will launch, unless that was done before. Gives the number of kernels.
 
     It only ever saves time: if it fails it says so, and kernels are compiled as they are needed.
@@ -195,13 +196,13 @@ def _kind(value: Any) -> Hashable:
     return type(value), value
 
 
-def rehearse(runner: Runner) -> None:
+def rehearse(runner: Runner | Leader) -> None:
     """Run steps of all sizes, so that every kernel is launched that serving may launch."""
-    with torch.inference_mode(), runner.on_stream():
+    with torch.inference_mode(), runner.on_stream(), runner.plan.ops.ranks.silent():
         _rehearse(runner)
 
 
-def _rehearse(runner: Runner) -> None:
+def _rehearse(runner: Runner | Leader) -> None:
     plan, decoder = runner.plan, runner.decoder
     most, longest = plan.max_num_batched_tokens, plan.max_model_len
     for size in sizes(most):
@@ -218,7 +219,7 @@ def _rehearse(runner: Runner) -> None:
     _run(runner, [(0, 1)])
 
 
-def _run(runner: Runner, parts: list[tuple[int, int]]) -> None:
+def _run(runner: Runner | Leader, parts: list[tuple[int, int]]) -> None:
     """A step of sequences of which so many tokens are computed from there on. All of them are in the cache's first page."""
     plan = runner.plan
     chunks = []

@@ -25,12 +25,14 @@ from slipstream.checkpoint.open import Checkpoint, open_checkpoint, open_random
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.errors import ConfigError
-from slipstream.parallel.launch import Others, connect
+from slipstream.parallel.connect import connect
+from slipstream.parallel.launch import Others
 from slipstream.parallel.launcher import find_front, launchers_store, one_machine, place, refuse_other_size
 from slipstream.parallel.link import Link
 from slipstream.parallel.shares import Ranks
+from slipstream.parallel.steps import receive, send
 from slipstream.plan import Plan, make_plan
-from slipstream.request import Step
+from slipstream.request import UNKNOWN, Step
 
 _last: weakref.ref[Others] | None = None  # a process has one default group
 
@@ -64,18 +66,20 @@ class Crew:
             store, device = self._others.store, _device(self.asked, int(os.environ.get("LOCAL_RANK", 0)))
             assert store is not None
             here = one_machine(size)
-            self.group, self.words = self._others.wait(lambda: connect(self.ranks, store, device, here))
+            reduce = self.asked.reduce_implementation
+            self.wires = self._others.wait(lambda: connect(self.ranks, store, device, here, reduce))
         except BaseException:
             self.close()
             raise
         global _last
-        self._others.group, _last = self.group, weakref.ref(self._others)
+        self._others.group, self._others.peers = self.wires.tensors, self.wires.peers
+        _last = weakref.ref(self._others)
         self.asked = dataclasses.replace(self.asked, device=str(device))
         self.check, self.lost, self.together = self._others.check, self._others.lost, self._others.together
 
     def plan(self, checkpoint: Checkpoint) -> Plan:
         """This rank's, with as many pages and as long answers as every rank has room for."""
-        mine = make_plan(self.asked, checkpoint, ranks=self.ranks, group=self.group)
+        mine = make_plan(self.asked, checkpoint, ranks=self.ranks, wires=self.wires)
         found = [_sizes(mine), *self._others.hear("plan")]
         *pages, length, size = map(min, zip(*found, strict=True))
         if any(f[-1] != size for f in found):
@@ -93,6 +97,10 @@ class Crew:
 
         return tell
 
+    def end_with(self, what: weakref.WeakMethod[Callable[[], None]]) -> None:
+        """What is to be done before the ranks part."""
+        self._others.let_go = lambda: (found := what()) and found()
+
     def ready(self) -> None:
         """Wait until all have loaded."""
         self._others.hear("ready")
@@ -105,17 +113,24 @@ class Leader:
     """Rank 0's runner: every step goes to all ranks before it is launched here."""
 
     def __init__(self, runner: Runner, crew: Crew) -> None:
-        self._runner, self._crew = runner, crew
+        assert crew.wires.words is not None
+        self._runner, self._crew, self._words = runner, crew, crew.wires.words
+        if runner.decoder is not None:
+            crew.end_with(weakref.WeakMethod(runner.decoder.drop))
         crew.ready()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
+    def check(self) -> None:
+        """Raises RankError: a rank is gone."""
+        self._crew.check()
+
     def launch(self, step: Step) -> Flight:
         """Raises RankError: a rank is gone, or failed in this step, also this one: then no two are at the same place any more."""
         with self._crew.together(), _uninterrupted():
             try:
-                dist.broadcast_object_list([step], src=0, group=self._crew.words)
+                send(step, self._words)
                 return self._runner.launch(step)
             except Exception as e:
                 raise self._crew.lost(e) from e
@@ -227,20 +242,29 @@ def _serve(link: Link, said: dict[str, Any]) -> None:
     here = one_machine(ranks.size)
     store = dist.TCPStore("127.0.0.1", said["port"], is_master=False) if "port" in said else launchers_store()
     link.say("started", True)
-    group, words = connect(ranks, store, device, here)
+    wires = connect(ranks, store, device, here, asked.reduce_implementation)
     path = Path(said["model"])
     checkpoint = open_random(path, asked.seed or 0) if asked.weights == "random" else open_checkpoint(path)
-    plan = make_plan(dataclasses.replace(asked, device=str(device)), checkpoint, ranks=ranks, group=group)
+    plan = make_plan(dataclasses.replace(asked, device=str(device)), checkpoint, ranks=ranks, wires=wires)
     link.say("plan", _sizes(plan))
     *pages, length = link.wait("plan")
     plan = dataclasses.replace(plan, num_pages=tuple(pages), max_model_len=length)
     load(plan.model, plan.loads, checkpoint, plan.device)
     runner = Runner(plan, plan.model)
     link.say("ready", True)
+    assert wires.words is not None
+    before: Flight | None = None
     while True:
-        box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, group=words)
-        runner.launch(box[0])
+        step = receive(wires.words)
+        # Steps end here in the order in which they do on rank 0, so that penalties count the same tokens in each.
+        if before is not None and not any(UNKNOWN in c.token_ids[-1:] for c in step.chunks):
+            runner.finish(before)
+            before = None
+        runner.follow(step)
+        flight = runner.launch(step)
+        if before is not None:
+            runner.finish(before)
+        before = flight if flight.plain else None  # else rank 0 alone chooses, and the next step has its tokens
 
 
 def gather(asked: EngineConfig, model: str) -> Crew | None:

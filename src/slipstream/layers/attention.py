@@ -15,7 +15,7 @@ from slipstream.layers.linear import Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
 from slipstream.ops.rope import Turns
-from slipstream.parallel.collectives import Together
+from slipstream.parallel.collectives import Parts, Together, whole
 
 
 class Attention(nn.Module):
@@ -60,7 +60,9 @@ class Attention(nn.Module):
         if sinks:
             self.sinks = nn.Parameter(torch.empty(self.heads, dtype=torch.float32, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]) -> Tensor:  # (tokens, hidden)
+    def forward(
+        self, x: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]
+    ) -> Tensor | Parts:  # (tokens, hidden)
         tokens = x.shape[0]
         qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
         norms = None
@@ -82,7 +84,7 @@ class Attention(nn.Module):
         ranks = self.ops.ranks
         if isinstance(ranks, Together):  # the mean is over the heads of all ranks
             counted = k[:, torch.tensor(ranks.counted, device=k.device)]
-            sums = ranks.reduce(torch.stack([x.float().square().sum((1, 2)) for x in (q, counted)]))
+            sums = whole(ranks.reduce(torch.stack([x.float().square().sum((1, 2)) for x in (q, counted)])))
             for x, norm, total, width in zip((q, k), (self.q_norm, self.k_norm), sums, ranks.widths, strict=True):
                 root = torch.rsqrt(total / width + norm.eps)[:, None, None]
                 x.copy_(x.float() * root * norm.weight.float().view(1, -1, self.head_dim))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slipstream.layers.ops import Ops
 from slipstream.ops.formats import Weight, decode
 from slipstream.ops.linear import LinearKernel
-from slipstream.parallel.collectives import Together
+from slipstream.parallel.collectives import Together, whole
 
 
 class Linear(nn.Module):
@@ -130,7 +130,7 @@ class Embedding(nn.Module):
             return self._rows(token_ids)
         own = token_ids - ranks.vocab.start
         others = (own < 0) | (own >= len(ranks.vocab))
-        return ranks.reduce(self._rows(own.masked_fill(others, 0)).masked_fill(others[:, None], 0))
+        return whole(ranks.reduce(self._rows(own.masked_fill(others, 0)).masked_fill(others[:, None], 0)))
 
     def _rows(self, token_ids: Tensor) -> Tensor:
         held = self.held

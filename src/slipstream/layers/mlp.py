@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from slipstream.config import ModelConfig
 from slipstream.layers.linear import Experts, Linear
 from slipstream.layers.ops import Ops
+from slipstream.parallel.collectives import Parts
 
 
 class MLP(nn.Module):
@@ -19,7 +20,7 @@ class MLP(nn.Module):
         self.gate_up = Linear(ops, config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
+    def forward(self, x: Tensor) -> Tensor | Parts:  # (tokens, hidden)
         return self.ranks.reduce(self.down(self.activation(self.gate_up(x), self.kind)))
 
 
@@ -60,14 +61,13 @@ class MoE(nn.Module):
         self.gate_up = Experts(ops, own, hidden, 2 * inner, gated=True, bias=bias)
         self.down = Experts(ops, own, inner, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden)
+    def forward(self, x: Tensor) -> Tensor | Parts:  # (tokens, hidden)
         ids, weights = self.route(x)
-        if self.ranks.experts is not None:
-            ids = self._number(ids, self.ranks.experts)
+        own = ids if self.ranks.experts is None else self._number(ids, self.ranks.experts)
         out = self.experts.kernel.experts(
-            x, ids, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
+            x, own, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
         )
-        return self.ranks.reduce(out)
+        return self.ranks.reduce(out) if self.ranks.experts is None else self.ranks.combine(out, ids)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token and their shares, (tokens, top_k) each."""
@@ -76,6 +76,8 @@ class MoE(nn.Module):
 
     def _number(self, ids: Tensor, own: range) -> Tensor:
         """The numbers that experts have on this rank, -1 for those of others. What was picked is counted: nothing waits for it."""
+        if self.ranks.is_silent:  # there are no ids either, and what is in their place is no index
+            return torch.zeros_like(ids)
         if self._numbers is None or self.picked is None:
             numbers = torch.full((self.num_experts,), -1, dtype=ids.dtype)
             numbers[own.start : own.stop] = torch.arange(len(own), dtype=ids.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.layers.ops import Ops
+from slipstream.parallel.collectives import Parts, whole
 
 
 class Norm(nn.Module):
@@ -17,9 +18,11 @@ class Norm(nn.Module):
         dtype = torch.float32 if plus_one else ops.dtype
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., width)
-        return self.add(x, None)[1]
+    def forward(self, x: Tensor | Parts) -> Tensor:  # (..., width)
+        return self.add(whole(x), None)[1]
 
-    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, delta: Tensor | Parts | None) -> tuple[Tensor, Tensor]:
         """x + delta, and the norm of it."""
+        if isinstance(delta, Parts):
+            return delta.add_norm(x, self.weight, self.eps)
         return self.add_norm(x, delta, self.weight, self.eps)

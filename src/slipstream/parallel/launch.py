@@ -26,17 +26,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from slipstream import errors
-from slipstream.errors import ConfigError, RankError, SlipstreamError
-from slipstream.parallel.launcher import COMING, FRONT, launchers_store, local, one_machine, whoami
+from slipstream.errors import ConfigError, KernelError, RankError, SlipstreamError
+from slipstream.parallel.launcher import COMING, FRONT, Stopped, launchers_store, local, one_machine, whoami
 from slipstream.parallel.link import SILENCE, STARTING, Link
-from slipstream.parallel.shares import Ranks
+from slipstream.parallel.peers import Peers
 
 T = TypeVar("T")
-FOREVER = timedelta(days=999)  # between two requests; who is gone is noticed otherwise
 MEETING = timedelta(seconds=20)  # to connect with ranks that are known to be there
 ROOT = str(Path(errors.__file__).parents[1])
 PROGRAM = """  # finds this same slipstream, and then what rank 0 finds; its script's folder hides no module of Python's
@@ -48,6 +46,7 @@ sys.path[:] = [*sys.path[1:], *(p for p in path if p not in sys.path[1:])]
 from slipstream.engine.rank import main
 main()
 """
+LEAVING = 10.0  # seconds for a group of NCCL to end, at most
 LINES = 8  # of a rank's log in an error
 
 
@@ -101,6 +100,10 @@ class Others:
         self.failure: SlipstreamError | None = None
         self.group: dist.ProcessGroup | None = None
         self.store: dist.Store | None = None
+        self.let_go: Callable[[], object] = lambda: (
+            None
+        )  # of what holds the group: NCCL waits for the graphs that have it in them
+        self.peers: Peers | None = None
         self.ranks: list[_Rank] = []
         self._size, self._waiting, self._joined = size, 0, False
         self._owner = os.getpid()
@@ -159,8 +162,10 @@ class Others:
         with socket.create_server(("127.0.0.1" if here else "", 0)) as listener:
             listener.settimeout(0.1)
             self.store.set(FRONT, json.dumps([host, listener.getsockname()[1], key, *whoami()]))
+            watch = Stopped()
             while missing := {*range(1, self._size)} - {r.rank for r in self.ranks}:
                 self.check()
+                watch.look(missing)
                 if time.monotonic() > end:
                     raise RankError(f"rank {min(missing)} did not find rank 0 within {COMING:.0f} s; see what it wrote")
                 with contextlib.suppress(ValueError, TypeError, OSError):  # nobody yet, or a stranger
@@ -210,9 +215,11 @@ class Others:
 
     def _free(self) -> None:
         """Let go whoever on this rank waits for one that is gone. On GPUs this was not tried on a card yet."""
+        if self.peers is not None:
+            self.peers.end()
         if self.group is not None and dist.get_backend(self.group) == "nccl":
-            with contextlib.suppress(RuntimeError):
-                self.group.abort()  # its kernels spin until they are told
+            # Its kernels spin until they are told. It comes back when the last graph is gone, in `close`.
+            threading.Thread(target=_abort, args=(self.group,), daemon=True).start()
         if not self._joined:
             return  # all sockets to them are closed
         time.sleep(5)
@@ -293,10 +300,38 @@ class Others:
             rank.link.close()
             if rank.log is not None:
                 rank.log.close()
+        self.let_go()
+        left = True
         if self.group is not None and dist.is_initialized() and dist.group.WORLD is self.group:
-            with contextlib.suppress(RuntimeError):
-                dist.destroy_process_group()
-        self.group = self.store = None
+            left = _leave(self.group)
+        if self.peers is not None and left:
+            with contextlib.suppress(KernelError, RuntimeError):  # RuntimeError: the card is lost
+                self.peers.free()
+        self.group = self.store = self.peers = None
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    with contextlib.suppress(RuntimeError):
+        group.abort()
+
+
+def _leave(group: dist.ProcessGroup) -> bool:
+    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now. Whether it is done."""
+
+    def leave() -> None:
+        if nccl:
+            _abort(group)
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+    nccl = dist.get_backend(group) == "nccl"
+    if not nccl:
+        leave()
+        return True
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(LEAVING)  # if it is not done then, a later model is refused, but nobody waits for ever
+    return not leaving.is_alive()
 
 
 def _typed(kind: str) -> Any:
@@ -315,35 +350,3 @@ def _welcome(end: socket.socket, key: str) -> _Rank:
     if not secrets.compare_digest(str(said), key):
         raise ValueError("it does not know the key")
     return _Rank(int(rank), link, pid=local(int(pid), machine))
-
-
-def connect(
-    ranks: Ranks, store: dist.Store, device: torch.device, here: bool
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """The groups for tensors, and for what is said between steps.
-
-    Args:
-        here: all ranks are on this machine, so nobody else needs to reach the sockets of gloo.
-    """
-    name = "GLOO_SOCKET_IFNAME"
-    if here and name not in os.environ and sys.platform == "linux":
-        os.environ[name] = "lo"
-        try:
-            return _connect(ranks, store, device)
-        finally:
-            del os.environ[name]
-    return _connect(ranks, store, device)
-
-
-def _connect(ranks: Ranks, store: dist.Store, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    options: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.size, "timeout": FOREVER}
-    if device.type == "cuda":  # not tried on a card yet
-        # Else torch ends this process when another rank is gone; we want to say which one it was.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **options)
-    else:
-        dist.init_process_group("gloo", **options)
-    together, words = dist.group.WORLD, dist.new_group(backend="gloo", timeout=FOREVER)
-    assert together is not None
-    return together, words

@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from slipstream.errors import ConfigError, RankError
-from slipstream.parallel.link import BEAT, STARTING, Link, obey
+from slipstream.parallel.link import BEAT, SILENCE, STARTING, Link, obey
 from slipstream.parallel.shares import Ranks
 
 COMING = 120.0  # seconds in which ranks find rank 0
@@ -77,13 +78,14 @@ def find_front(patience: float = COMING) -> tuple[Link, dict[str, Any]] | None:
         patience: seconds in which rank 0 comes to speak of a model; from then on it is heard every second.
 
     Raises:
-        RankError: it is gone, or hangs. If it is on this machine it is killed then, as launchers wait long for who hangs.
+        RankError: it is gone, stopped, or hangs. If it is on this machine it is killed then, as launchers wait long for who hangs.
     """
     here = place()
     assert here is not None
     store = launchers_store()
-    last, heard = b"", time.monotonic()
+    last, heard, watch = b"", time.monotonic(), Stopped()
     while not store.check([FRONT]):  # it may have a model to fetch first
+        watch.look([0])
         if store.check([ALIVE]) and (now := store.get(ALIVE)) != last:
             last, heard, patience = now, time.monotonic(), STARTING
         if time.monotonic() - heard > patience:
@@ -102,6 +104,40 @@ def find_front(patience: float = COMING) -> tuple[Link, dict[str, Any]] | None:
         raise RankError("rank 0 is gone, or hangs")
     obey(link, local(*who))
     return link, {**said, "local": int(os.environ.get("LOCAL_RANK", here.rank))}
+
+
+class Stopped:
+    """Watches ranks that a launcher has started beside this one, and that have not spoken yet, for being stopped. Linux tells it."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}
+        self._looked = 0.0
+
+    def look(self, ranks: Iterable[int]) -> None:
+        """Once a second. Raises RankError: one has not gone on for too long; it is killed then, as no launcher does it."""
+        now = time.monotonic()
+        if now - self._looked < BEAT:
+            return
+        self._looked, found = now, _stopped()
+        self._since = {pid: self._since.get(pid, now) for rank, pid in found.items() if rank in ranks}
+        for rank, pid in found.items():
+            if now - self._since.get(pid, now) > SILENCE:
+                _kill(pid)
+                raise RankError(
+                    f"rank {rank} was stopped before it said anything, and has not gone on for {SILENCE:.0f} s"
+                )
+
+
+def _stopped() -> dict[int, int]:
+    """rank -> process, of those with the same parent that are stopped now."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state == "T" and int(parent) == os.getppid():
+                words = (folder / "environ").read_bytes().split(b"\0")
+                found[int(next(w[5:] for w in words if w.startswith(b"RANK=")))] = int(folder.name)
+    return found
 
 
 def _kill(process: int | None) -> None:

@@ -26,6 +26,7 @@ from slipstream.layers.ops import Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.ops import attention
 from slipstream.ops.choose import Choice
+from slipstream.parallel.collectives import Wires
 from slipstream.parallel.shares import Ranks
 from slipstream.plan.choices import async_scheduling, cuda_graphs, dtype_name
 from slipstream.plan.fit import Fit
@@ -131,12 +132,12 @@ def make_plan(
     checkpoint: Checkpoint,
     model_config: ModelConfig | None = None,
     ranks: Ranks | None = None,
-    group: Any = None,
+    wires: Wires | None = None,
 ) -> Plan:
     """Decide everything for this model on this machine, and for this rank of those that share it.
 
     Args:
-        group: of torch.distributed, in which the ranks speak to each other.
+        wires: through which the ranks speak to each other.
 
     Raises:
         ConfigError: the device is not there.
@@ -144,7 +145,7 @@ def make_plan(
         KernelError: no implementation can run an op, or a forced one cannot.
         CapacityError: it does not fit into memory; the message has the numbers.
     """
-    laid = lay_out(asked, checkpoint, model_config, ranks or Ranks(), group)
+    laid = lay_out(asked, checkpoint, model_config, ranks or Ranks(), wires)
     config, hardware, dtype, why = laid.config, laid.hardware, laid.dtype, laid.why
     groups = laid.home.cache_spec(laid.local)
     held = tuple(held_bytes(item, laid.ops) for item in laid.loads)
@@ -157,7 +158,7 @@ def make_plan(
     def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
         sequences, batched = sizes(asked, hardware, why)
         workspace = workspace_bytes(config, batched, sequences, dtype)
-        spare = graphs_bytes(config, sequences, dtype, groups, page_size) if graphs else 0
+        spare = graphs_bytes(config, sequences, dtype, groups, page_size, laid.ranks.size) if graphs else 0
         if gpu:  # a stream for steps, and one on which they are recorded
             product = cublas_bytes(hardware.capability)
             workspace, spare = workspace + product, spare + graphs * product

@@ -16,10 +16,23 @@ from slipstream.hardware import Hardware
 from slipstream.layers.mlp import MLP, MoE
 from slipstream.layers.ops import ExpertsChoice, Ops
 from slipstream.layers.transformer import Transformer
-from slipstream.ops import activation, attention, attention_input, candidate, linear, moe, norm, router, sampling
+from slipstream.ops import (
+    activation,
+    attention,
+    attention_input,
+    candidate,
+    linear,
+    moe,
+    norm,
+    reduce,
+    router,
+    sampling,
+)
 from slipstream.ops.choose import Case, Choice, Impl, choose
 from slipstream.ops.tuned import Tuned
 from slipstream.ops.used import Used
+from slipstream.parallel.collectives import Wires
+from slipstream.parallel.shares import Ranks
 from slipstream.trust import Policy
 
 log = logging.getLogger(__name__)
@@ -189,6 +202,16 @@ def linear_choices(
         reasons = "; ".join(f"{c.op}: {why}" for c in found.values() for name, why in c.rejected if name == forced)
         raise KernelError(f"linear_implementation: {forced!r} can run none of the weights: {reasons}")
     return list(found.values())
+
+
+def reduce_choice(
+    asked: EngineConfig, config: ModelConfig, hardware: Hardware, dtype: torch.dtype, ranks: Ranks, wires: Wires
+) -> Choice:
+    """How small sums over ranks are made. Large ones are always `collective`."""
+    facts: dict[str, Any] = {"ranks": ranks.size, "machines": wires.machines, "width": config.hidden_size}
+    if wires.why_not is not None:
+        facts["unreachable"] = wires.why_not
+    return choose("reduce", reduce.IMPLS, _case(asked, hardware, dtype, **facts), asked.reduce_implementation)
 
 
 def cuda_graphs(asked: EngineConfig, hardware: Hardware, choices: list[Choice], why: dict[str, str]) -> bool:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -22,9 +21,18 @@ from slipstream.models import architecture
 from slipstream.ops.choose import Choice
 from slipstream.ops.formats.blocks import BLOCKS
 from slipstream.ops.tuned import Tuned, tuned
-from slipstream.parallel.collectives import Alone, Together
+from slipstream.parallel.collectives import Alone, Together, Wires
+from slipstream.parallel.exchange import least_tokens, reason
 from slipstream.parallel.shares import Ranks, Share, Unit, Units, cut_of, local_config, share_of
-from slipstream.plan.choices import check_called, choose_dtype, choose_ops, experts_choice, linear_choices
+from slipstream.plan.choices import (
+    check_called,
+    choose_dtype,
+    choose_ops,
+    experts_choice,
+    linear_choices,
+    reduce_choice,
+)
+from slipstream.plan.memory import sizes
 from slipstream.plan.weights import held_bytes, plan_loads
 
 
@@ -76,7 +84,7 @@ class Layout:
 
 
 def lay_out(
-    asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelConfig | None, ranks: Ranks, group: Any
+    asked: EngineConfig, checkpoint: Checkpoint, model_config: ModelConfig | None, ranks: Ranks, wires: Wires | None
 ) -> Layout:
     """See make_plan, whose first half this is."""
     config = model_config or ModelConfig.from_hf(checkpoint.config)
@@ -101,7 +109,18 @@ def lay_out(
         if hardware.device == "cpu":  # which all of them share
             hardware = replace(hardware, free_bytes=hardware.free_bytes // ranks.size)
         local, loads = local_config(config, share), cut_loads(loads, config, share, ranks)
-        ops = replace(ops, ranks=Together(group, config, ranks, share))
+        wires = wires or Wires()
+        reduce = reduce_choice(asked, config, hardware, dtype, ranks, wires)
+        choices.append(reduce)
+        peers = wires.peers if reduce.name == "peers" else None
+        exchange = None
+        if spread:
+            sequences, batched = sizes(asked, hardware, {})
+            graphs = hardware.device.startswith("cuda")  # in which the host cannot count
+            least = least_tokens(config, ranks.size, dtype.itemsize, hardware.device.split(":")[0])
+            exchange = max(least, sequences + 1) if graphs else least
+            why["enable_expert_parallel"] += reason(config, ranks.size, exchange, batched)
+        ops = replace(ops, ranks=Together(replace(wires, peers=peers), config, ranks, share, reduce.fn, exchange))
         model = home.build(ops, local)
         for item in loads:
             have, want = item.cut.shape(item.shape), tuple(model.get_parameter(item.to).shape)
@@ -156,7 +175,5 @@ def _explain(asked: EngineConfig, config: ModelConfig, ranks: Ranks, hardware: H
     why["tensor_parallel_size"] = f"asked for: {ranks.size} ranks have a part of every layer each"
     if asked.enable_expert_parallel:
         why["enable_expert_parallel"] = (
-            f"asked for: {config.num_experts} experts stay whole, spread over {ranks.size} ranks. All-gather, not all-to-all: "
-            "attention shared by heads leaves every token on every rank, so nothing is sent to experts; each rank adds up its own, "
-            "and the sum over ranks is the one of tensor parallelism. All-to-all pays where ranks have tokens of their own"
+            f"asked for: {config.num_experts} experts stay whole, spread over {ranks.size} ranks; "
         )

@@ -37,10 +37,13 @@ def sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple
     return found[0], found[1]
 
 
-def graphs_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int) -> int:
-    """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns."""
+def graphs_bytes(
+    config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int, ranks: int
+) -> int:
+    """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns. With several ranks
+    logits are there twice, as they come and as they belong together."""
     spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
-    return spare + layer_bytes(config, rows, dtype) + rows * config.vocab_size * 4
+    return spare + layer_bytes(config, rows, dtype) + (1 + (ranks > 1)) * rows * config.vocab_size * 4
 
 
 def workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:

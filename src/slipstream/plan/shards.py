@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipstream.checkpoint.load import Load
+from slipstream.parallel.collectives import Together
+from slipstream.parallel.exchange import had
 from slipstream.parallel.shares import Cut
 from slipstream.plan.choices import dtype_name
 from slipstream.plan.layout import Layout
@@ -65,7 +67,7 @@ class Collective:
     """What all ranks do together `calls` times in a step, with a tensor of `nbytes` as its result on each."""
 
     of: str
-    kind: str  # all_reduce, all_gather
+    kind: str  # all_reduce, all_gather, all_to_all
     calls: int
     nbytes: int
 
@@ -148,7 +150,13 @@ def collectives(laid: Layout, shards: Sequence[Shard], tokens: int, sequences: i
     if experts < config.num_layers:
         found.append(Collective("feed-forward", "all_reduce", config.num_layers - experts, hidden))
     if experts:
-        found.append(Collective("experts", "all_reduce", experts, hidden))
+        ranks = laid.ops.ranks
+        if isinstance(ranks, Together) and ranks.exchange_from is not None and tokens >= ranks.exchange_from:
+            rows = had(laid.ranks.size, config.num_experts_per_tok)
+            found.append(Collective("experts", "all_to_all", experts, round(hidden * rows)))
+            found.append(Collective("experts, added up", "all_gather", experts, hidden))
+        else:
+            found.append(Collective("experts", "all_reduce", experts, hidden))
     head = next(item for item in laid.loads if item.to == "head.weight")
     part = next(iter(head.parts()))
     kernel = laid.ops.linear(part.format, part.local[0], part.local[1], head.shared)
