@@ -41,6 +41,14 @@ def test_add_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     assert cases.add_norm(dtype, "cuda", rows, width) < ROUNDED[dtype]
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    "sizes", [(1, 2880, 4, 2), (1, 2048, 8, 1), (65, 2880, 4, 1), (67, 2048, 8, 1, True), (3, 4097, 5, 3)]
+)
+def test_the_norm_adds_what_experts_left(sizes: tuple[Any, ...], dtype: torch.dtype) -> None:
+    assert cases.add_left(*sizes, dtype=dtype, device="cuda") < ROUNDED[dtype]
+
+
 def test_norm_and_nan() -> None:
     assert cases.norm_alone("cuda") < 5e-6
     cases.enter_nan("cuda")
@@ -177,6 +185,8 @@ def captured(call: Callable[[], Any]) -> None:
 def test_a_graph_gives_what_eager_gives(rows: int, dtype: torch.dtype) -> None:
     x, delta, weight = torch.randn(3, rows, 2880, device="cuda").to(dtype).unbind()
     captured(lambda: add_norm(x, delta, weight[0], 1e-5))
+    pairs = cases.left(rows, 2880, 4, 2, False, dtype, "cuda")[0]
+    captured(lambda: add_norm(x, pairs, weight[0], 1e-5))
     captured(lambda: router(x[:, :32], torch.clone, 4, softmax_first=False))
     layer = cases.Layer(torch.randn(32, 2880, device="cuda").to(dtype), None)
     captured(lambda: router(x, layer, 4, softmax_first=False))

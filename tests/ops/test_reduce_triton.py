@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 
 from slipstream.ops import reduce
 from slipstream.ops.choose import Case, choose
+from slipstream.ops.moe import Pairs
 from slipstream.ops.norm.reference import add_norm
 from slipstream.ops.reduce import ROWS, WORDS, Slots
 from slipstream.ops.reduce.triton import _sum, reduce_norm
@@ -31,6 +32,14 @@ SHAPES = [(5, 60), (1, 7), (3, 130), (5, 60), (2, 33), (7, 1)]  # one after the 
 
 def parts(size: int, shape: tuple[int, int], seed: int) -> Tensor:
     return torch.randn(size, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def left_as(x: Tensor) -> Pairs:
+    """Experts that left just this to add: half of it from each of two, in two parts, and NaN from one that is elsewhere."""
+    rows, width = x.shape
+    each = torch.stack((x / 2, x / 2, torch.full_like(x, torch.nan)), 1).view(-1, width)
+    ids, shares = torch.tensor([[3, 0, -1]]).expand(rows, 3).contiguous(), torch.full((rows, 3), 1.0)
+    return Pairs(torch.stack((each / 2, each / 2)), ids, shares, None, x.dtype)
 
 
 def sums_of(rank: int, size: int, places: list[int], first: int) -> float:
@@ -49,7 +58,8 @@ def sums_of(rank: int, size: int, places: list[int], first: int) -> float:
             continue
         wide = torch.cat((own[rank], own[rank]), 1)
         x, weight = parts(1, shape, 100 + seed)[0], torch.rand(shape[1])
-        total, found = reduce_norm(wide[:, shape[1] :], x, weight, 0.1, slots)
+        part = left_as(own[rank]) if seed % 4 else wide[:, shape[1] :]
+        total, found = reduce_norm(part, x, weight, 0.1, slots)
         assert torch.equal(total, x + want), seed
         exact = add_norm(x.double(), want.double(), weight.double(), 0.1)[1]
         worst = max(worst, ((found - exact).abs().max() / exact.abs().max()).item())
@@ -99,27 +109,37 @@ def test_it_is_the_sum_and_its_norm(name: str, found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("halves", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "sum"])
 @pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("left", [False, True], ids=["whole", "left"])
 def test_it_compiles_for_hopper(
-    ranks: int, norm: bool, halves: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    left: bool, ranks: int, norm: bool, halves: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if left and not norm:
+        pytest.skip("a sum with no norm is of what has been added")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants: dict[str, Any] = {
         "RANK": 1, "RANKS": ranks, "HALVES": halves, "ROWS": ROWS, "MOST": WORDS, "SIZE": 2048, "CHAIN": True,
-        **({} if norm else {"x": None, "weight": None, "total": None}),
+        **({} if norm else {"x": None, "weight": None, "total": None}), "places": None,
+        **({"part": None, "TOP_K": 4, "PARTS": 2} if left else {"sums": None, "ids": None, "shares": None, "TOP_K": 0, "PARTS": 0}),
     }  # fmt: skip
-    types = {"table": "*i64", "weight": "*bf16" if halves else "*fp32", "eps": "fp32"}
-    numbers = ("part_stride", "x_stride", "words")
+    types = {
+        "table": "*i64",
+        "weight": "*bf16" if halves else "*fp32",
+        "eps": "fp32",
+        "sums": "*fp32",
+        "shares": "*fp32",
+    }
+    numbers = ("part_stride", "x_stride", "words", "num_pairs")
     signature = {
         a: "constexpr" if a in constants else types.get(a, "i32" if a in numbers else "*i32") for a in _sum.arg_names
     }
     even = {
         (i,): [["tt.divisibility", 16]]
         for i, a in enumerate(_sum.arg_names)
-        if signature[a] != "constexpr" and a != "eps"
+        if signature[a] != "constexpr" and a not in ("eps", "num_pairs")
     }
     source = ASTSource(_sum, signature, constants, even)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16}).asm["ptx"]

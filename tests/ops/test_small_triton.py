@@ -30,6 +30,7 @@ from slipstream.ops.activation.triton import activation as triton_activation
 from slipstream.ops.attention_input.triton import _attention_input
 from slipstream.ops.attention_input.triton import attention_input as triton_input
 from slipstream.ops.choose import Case
+from slipstream.ops.moe import Pairs
 from slipstream.ops.norm.reference import add_norm as norm_reference
 from slipstream.ops.norm.triton import _add_norm
 from slipstream.ops.norm.triton import add_norm as triton_norm
@@ -78,6 +79,37 @@ def add_norm(dtype: torch.dtype = F32, device: str = "cpu", rows: int = 7, width
     assert torch.equal(alone(lambda t: triton_norm(t[:, :width], t[:, width:], weight, 0.1)[1], both), found)
     assert torch.equal(triton_norm(total, None, weight, 0.1)[1], found)
     return off(found, norm_reference(total.double(), None, weight.double(), 0.1)[1])
+
+
+def left(
+    rows: int, width: int, top_k: int, parts: int, sort: bool = False, dtype: torch.dtype = F32, device: str = "cpu"
+) -> tuple[Pairs, Tensor]:
+    """What experts left, some of it of experts of another rank, whose numbers nobody wrote; and the sum in float64."""
+    torch.manual_seed(width)
+    pairs = rows * top_k
+    room = pairs + 11 if sort else pairs
+    sums, shares = torch.randn(parts, room, width), torch.rand(rows, top_k)
+    ids = torch.randint(7, (rows, top_k), dtype=torch.int32).where(torch.rand(rows, top_k) > 0.2, -1)
+    places = torch.randperm(room)[:pairs] if sort else torch.arange(pairs)
+    sums = sums.to(dtype if sort else F32)
+    each = sums.double().sum(0)[places].view(rows, top_k, width) * (ids >= 0)[..., None]
+    wanted = (each * shares[..., None]).sum(1).to(device)
+    sums[:, places[ids.view(-1) < 0]] = torch.nan
+    known = places.int().where(ids.view(-1) >= 0, -1).to(device) if sort else None
+    return Pairs(sums.to(device), ids.to(device), shares.to(device), known, dtype), wanted
+
+
+def add_left(*sizes: Any, dtype: torch.dtype = F32, device: str = "cpu") -> float:
+    """The norm's own sum of what experts left is that of the kernel that does nothing else, to the last bit."""
+    pairs, wanted = left(*sizes, dtype=dtype, device=device)
+    x, weight = torch.randn(pairs.shape, device=device).to(dtype), torch.rand(pairs.shape[1], device=device).to(dtype)
+    total, found = triton_norm(x, pairs, weight, 0.1)
+    whole = pairs.sum()
+    assert torch.equal(total, x + whole) and len(pairs) == len(x) and pairs.itemsize == x.itemsize
+    rows = torch.tensor([len(x) - 1], device=device)
+    assert torch.equal(pairs[rows], whole[rows])
+    exact = norm_reference(total.double(), None, weight.double(), 0.1)[1]
+    return max(off(whole, wanted), off(found, exact))
 
 
 def norm_alone(device: str = "cpu") -> float:
@@ -256,6 +288,8 @@ def sampled(device: str = "cpu", cases: int = 12) -> int:
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {"add_norm": add_norm, "norm": norm_alone, "nan": enter_nan}
     cases["add_norm-1"], cases["add_norm-odd"] = partial(add_norm, rows=1, width=257), partial(add_norm, width=61)
+    cases["add_left-1"], cases["add_left-7"] = partial(add_left, 1, 60, 4, 3), partial(add_left, 7, 130, 3, 1)
+    cases["add_left-sorted"] = partial(add_left, 5, 36, 8, 1, True)
     for dim in (None, 20, 12):
         for norms in (False, True):
             cases[f"enter-{dim}-{norms}"] = partial(enter, dim, norms)
@@ -304,10 +338,14 @@ def test_they_serve_both_modes_and_say_what_they_need(
     assert "pip install triton" in why()
 
 
+LEFT = {"eps": "fp32", "sums": "*fp32", "ids": "*i32", "shares": "*fp32", "places": "*i32", "num_pairs": "i32"}
+NOT_LEFT = {"sums": None, "ids": None, "shares": None, "places": None, "TOP_K": 0, "PARTS": 0}
 KERNELS: dict[
     str, tuple[Any, dict[str, Any], dict[str, str], int]
 ] = {  # constants, types that are not bf16 or i32, warps
-    "add_norm": (_add_norm, {"SIZE": 4096}, {"eps": "fp32"}, 8),
+    "add_norm": (_add_norm, {"SIZE": 4096, **NOT_LEFT}, {"eps": "fp32"}, 8),
+    "add_left": (_add_norm, {"SIZE": 4096, "TOP_K": 4, "PARTS": 2, "delta": None, "places": None}, LEFT, 16),
+    "add_left_sorted": (_add_norm, {"SIZE": 2048, "TOP_K": 8, "PARTS": 1, "delta": None}, LEFT, 8),
     "attention_input": (
         _attention_input,
         {"HEAD_DIM": 64, "HALF": 32, "HEADS": 8, "SIZE": 64, "q_weight": None, "k_weight": None},
@@ -356,6 +394,7 @@ KERNELS: dict[
 NUMBERS = (
     "x_stride", "delta_stride", "w_stride", "part_stride", "stride", "width", "heads", "kv_heads", "experts", "top_k", "inner",
     "vocab", "size", "pieces", "tokens", "hidden", "each", "rows",
+    "num_pairs",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from slipstream.layers.linear import Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
 from slipstream.ops.rope import Turns
-from slipstream.parallel.collectives import Parts, Together, whole
+from slipstream.parallel.collectives import Delta, Together, whole
 
 
 class Attention(nn.Module):
@@ -60,9 +60,7 @@ class Attention(nn.Module):
         if sinks:
             self.sinks = nn.Parameter(torch.empty(self.heads, dtype=torch.float32, device="meta"), requires_grad=False)
 
-    def forward(
-        self, x: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]
-    ) -> Tensor | Parts:  # (tokens, hidden)
+    def forward(self, x: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]) -> Delta:  # (tokens, hidden)
         tokens = x.shape[0]
         qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
         norms = None

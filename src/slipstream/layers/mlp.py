@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from slipstream.config import ModelConfig
 from slipstream.layers.linear import Experts, Linear
 from slipstream.layers.ops import Ops
-from slipstream.parallel.collectives import Parts
+from slipstream.parallel.collectives import Delta
 
 
 class MLP(nn.Module):
@@ -20,7 +20,7 @@ class MLP(nn.Module):
         self.gate_up = Linear(ops, config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor | Parts:  # (tokens, hidden)
+    def forward(self, x: Tensor) -> Delta:  # (tokens, hidden)
         return self.ranks.reduce(self.down(self.activation(self.gate_up(x), self.kind)))
 
 
@@ -61,7 +61,7 @@ class MoE(nn.Module):
         self.gate_up = Experts(ops, own, hidden, 2 * inner, gated=True, bias=bias)
         self.down = Experts(ops, own, inner, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor | Parts:  # (tokens, hidden)
+    def forward(self, x: Tensor) -> Delta:  # (tokens, hidden)
         ids, weights = self.route(x)
         own = ids if self.ranks.experts is None else self._number(ids, self.ranks.experts)
         out = self.experts.kernel.experts(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.layers.ops import Ops
-from slipstream.parallel.collectives import Parts, whole
+from slipstream.parallel.collectives import Delta, Parts, whole
 
 
 class Norm(nn.Module):
@@ -18,10 +18,10 @@ class Norm(nn.Module):
         dtype = torch.float32 if plus_one else ops.dtype
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor | Parts) -> Tensor:  # (..., width)
+    def forward(self, x: Delta) -> Tensor:  # (..., width)
         return self.add(whole(x), None)[1]
 
-    def add(self, x: Tensor, delta: Tensor | Parts | None) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
         """x + delta, and the norm of it."""
         if isinstance(delta, Parts):
             return delta.add_norm(x, self.weight, self.eps)

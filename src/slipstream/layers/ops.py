@@ -15,9 +15,16 @@ from slipstream.parallel.collectives import Alone, Together
 
 
 class ExpertsChoice:
-    """The kernel of the experts. It is chosen by the formats of their weights, which are known after the model is built."""
+    """The kernel of the experts. It is chosen by the formats of their weights, which are known after the model is built.
+
+    Attributes:
+        left: their last sum may be left to the norm that comes next, which adds it up.
+    """
 
     kernel: ExpertsKernel
+
+    def __init__(self, *, left: bool = False) -> None:
+        self.left = left
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from slipstream.layers.linear import Embedding, Linear
 from slipstream.layers.norm import Norm
 from slipstream.layers.ops import Ops
 from slipstream.ops.rope import Turns, inverse_frequencies
-from slipstream.parallel.collectives import Parts, Together, whole
+from slipstream.parallel.collectives import Delta, Together, whole
 
 
 class Layer(nn.Module):
@@ -40,8 +40,8 @@ class Layer(nn.Module):
         self.before_mlp, self.after_mlp = before_mlp, after_mlp
 
     def forward(
-        self, x: Tensor, delta: Tensor | Parts | None, batch: Batch, cache: Storage, turns: Sequence[Turns]
-    ) -> tuple[Tensor, Tensor | Parts]:  # each (tokens, hidden), and so are the two it returns
+        self, x: Tensor, delta: Delta | None, batch: Batch, cache: Storage, turns: Sequence[Turns]
+    ) -> tuple[Tensor, Delta]:  # each (tokens, hidden), and so are the two it returns
         x, h = _add(self.before_attention, x, delta)
         h = self.attention(h, batch, cache, turns)
         x, h = _add(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
@@ -49,7 +49,7 @@ class Layer(nn.Module):
         return x, h if self.after_mlp is None else self.after_mlp(h)
 
 
-def _add(norm: Norm | None, x: Tensor, delta: Tensor | Parts | None) -> tuple[Tensor, Tensor]:
+def _add(norm: Norm | None, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
     if norm is not None:
         return norm.add(x, delta)
     x = x if delta is None else x + whole(delta)
@@ -89,7 +89,7 @@ class Transformer(nn.Module):
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
         turns = self._turns(batch.positions)
-        delta: Tensor | Parts | None = None
+        delta: Delta | None = None
         for layer in self.layers:
             x, delta = layer(x, delta, batch, cache, turns)
         rows = batch.logits_rows

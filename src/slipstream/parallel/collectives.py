@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slipstream.config import ModelConfig
+from slipstream.ops.moe import Pairs
 from slipstream.ops.reduce import Slots
 from slipstream.ops.reduce.reference import reduce as collective
 from slipstream.parallel.peers import Peers
@@ -46,7 +47,7 @@ class Parts:
         ops: `reduce` and `reduce_norm`.
     """
 
-    own: Tensor
+    own: Tensor | Pairs
     ops: Any
     slots: Slots
 
@@ -54,7 +55,7 @@ class Parts:
         return Parts(self.own[rows], self.ops, self.slots)
 
     def sum(self) -> Tensor:
-        found: Tensor = self.ops.reduce(self.own, self.slots)
+        found: Tensor = self.ops.reduce(whole(self.own), self.slots)
         return found
 
     def add_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -63,9 +64,12 @@ class Parts:
         return found
 
 
-def whole(x: Tensor | Parts) -> Tensor:
+Delta = Tensor | Pairs | Parts  # what is still to be added to the residual, some of it not yet added itself
+
+
+def whole(x: Delta) -> Tensor:
     """Where no norm comes next."""
-    return x.sum() if isinstance(x, Parts) else x
+    return x if isinstance(x, Tensor) else x.sum()
 
 
 class Alone:
@@ -78,7 +82,7 @@ class Alone:
     def silent(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def reduce(self, x: Tensor) -> Tensor | Parts:
+    def reduce(self, x: Tensor | Pairs) -> Delta:
         return x
 
     def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -129,13 +133,13 @@ class Together:
         finally:
             self.is_silent = False
 
-    def reduce(self, x: Tensor) -> Tensor | Parts:
+    def reduce(self, x: Tensor | Pairs) -> Delta:
         """The sum over all ranks, on all of them, or what becomes it. x may be overwritten."""
         if self._slots is not None and self._slots.take(x):
             return Parts(x, self._ops, self._slots)
-        return x if self.is_silent else collective(x, self._group)
+        return whole(x) if self.is_silent else collective(whole(x), self._group)
 
-    def combine(self, x: Tensor, ids: Tensor) -> Tensor | Parts:  # (tokens, hidden), (tokens, top_k)
+    def combine(self, x: Tensor | Pairs, ids: Tensor) -> Delta:  # (tokens, hidden), (tokens, top_k)
         """The sum over all ranks of what spread experts gave, on all of them. Of a token that no expert here had, x is zero.
 
         Args:
@@ -143,7 +147,7 @@ class Together:
         """
         if self.exchange_from is None or len(x) < self.exchange_from or self.is_silent:
             return self.reduce(x)
-        size, rank, tokens = self.ranks.size, self.ranks.rank, len(x)
+        x, size, rank, tokens = whole(x), self.ranks.size, self.ranks.rank, len(x)
         each = -(-tokens // size)  # tokens that a rank adds up
         self._homes = self._homes.to(x.device)
         had = torch.zeros(size * each, size, dtype=torch.bool, device=x.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +125,8 @@ def choose_ops(
     fns = {op: counted(choice) for op, choice in chosen.items()}
     table = Ops(
         add_norm=fns["norm"], attention_input=fns["attention_input"], attention=fns["attention"],
-        activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(), linear=kernel, dtype=dtype,
+        activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(left=chosen["norm"].name in norm.ADDS),
+        linear=kernel, dtype=dtype,
         sample=fns["sampling"], pick=fns["pick"], draw=fns["draw"],
         row_by_row=asked.batch_invariant and case.device == "cpu", used=used,
     )  # fmt: skip
@@ -159,6 +162,8 @@ def experts_choice(
     choice = _pick("moe", moe.IMPLS, case, asked, hardware)
     formats = {part.format for part in stacks if part.local == layers[0].gate_up.shape}
     kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
+    if table.experts.left and kernel.leaves:
+        kernel = replace(kernel, experts=partial(kernel.experts, leave=True))
     table.experts.kernel = kernel if table.used is None else table.used.counted(choice, kernel)
     return [choice]
 
@@ -180,6 +185,8 @@ def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice],
             raise KernelError(
                 f"activation: {named['activation']!r} was asked for, but it {why['activation']}; moe_implementation='loop' would"
             )
+    if experts is not None and experts.fn.leaves and norms.name in norm.ADDS:
+        why["sum of experts"] = f"is part of norm[{norms.name}] in decoding steps"
     if norms.source and any(getattr(m, "qk_norm", None) == "head" for m in model.modules()):
         entry = chosen["attention_input"]
         why["norms of heads"] = f"are part of attention_input[{entry.name}]; {norms.name} computes all others"

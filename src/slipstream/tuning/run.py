@@ -118,14 +118,14 @@ def _experts(plan: Plan, tell: Tell, lines: list[Line], clock: Clock) -> Iterato
     grouped = choose_group(1 << 20, 1, torch.empty(0, dtype=plan.dtype, device=plan.device), one.down.stack) > 0
     known = getattr(plan.ops.experts.kernel.experts, "keywords", {}).get("tuned")
 
-    def call(tokens: int) -> tuple[Callable[..., Tensor], int]:
+    def call(tokens: int) -> tuple[Callable[..., Any], int]:
         """What runs all layers with a table, and the pairs."""
         draw = torch.Generator(plan.device).manual_seed(tokens)
         x = torch.randn(tokens, one.gate_up.shape[2], generator=draw, device=plan.device).to(plan.dtype)
         ids = torch.rand(tokens, number, generator=draw, device=plan.device).topk(one.top_k).indices.int()
         shares = torch.full(ids.shape, 1 / one.top_k, device=plan.device)
 
-        def run(table: Experts | None) -> Tensor:
+        def run(table: Experts | None) -> Any:
             for layer in layers[:LAYERS]:
                 parts: tuple[Stack, Stack] = (layer.gate_up, layer.down)
                 out = stacks(x, ids, shares, *parts, None, kind=one.kind, limit=one.limit, tuned=table)

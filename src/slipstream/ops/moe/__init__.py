@@ -7,13 +7,14 @@ whatever format they are held; activation(gate_up, kind, limit) is the op that w
 
 An implementation whose kernel takes whole stacks has `prepare(weight, dtype, gated=) -> tensors`, which lays a stack
 (experts, out, in) out once, and finds them as `gate_up.stack`; where `prepare` is None each expert is a linear layer by itself.
+One that `leaves` takes leave=True, and may then give `Pairs`, whose sum is left to the norm that comes next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slipstream.ops.choose import Case, Impl, needs_triton
 
@@ -31,13 +32,53 @@ def _as_packed(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int |
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """What each expert gave that was picked for a token, not yet added: the norm that comes next does that, as one kernel.
+
+    A token's row is the sum of its pairs, each by its weight, in order; in float32, rounded to `dtype`.
+
+    Attributes:
+        sums: (parts, places, hidden); a pair's parts are added first.
+        ids: (tokens, top_k); a pair whose id is below zero counts as zero.
+        weights: (tokens, top_k) float32.
+        places: where each pair stands in `sums`, (tokens * top_k) int32; None if they stand there in order.
+    """
+
+    sums: Tensor
+    ids: Tensor
+    weights: Tensor
+    places: Tensor | None
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.ids), self.sums.shape[2]
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.sum()[rows]
+
+    def sum(self) -> Tensor:  # (tokens, hidden)
+        from slipstream.ops.moe.triton import add
+
+        return add(self)
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsKernel:
     """What an implementation consists of. `held_bytes` of a stack are None where they are those of the format."""
 
-    experts: Callable[..., Tensor]
+    experts: Callable[..., Any]  # -> Tensor, or Pairs if they are left
     prepare: Prepare | None = None
     held_bytes: Callable[[str, tuple[int, ...], torch.dtype], int | None] = _as_packed
     tunable: bool = False  # `experts` takes `tuned`, what was measured for weights of this shape on this card
+    leaves: bool = False  # `experts` takes `leave`
     waits: bool = False  # it brings numbers to the host, so that no CUDA graph can hold it
 
 
@@ -57,7 +98,7 @@ def _triton() -> ExpertsKernel:
     from slipstream.ops.moe.layout import held_bytes, prepare
     from slipstream.ops.moe.triton import stacks
 
-    return ExpertsKernel(stacks, prepare, held_bytes, tunable=True)
+    return ExpertsKernel(stacks, prepare, held_bytes, tunable=True, leaves=True)
 
 
 def _reject_triton(case: Case) -> str | None:

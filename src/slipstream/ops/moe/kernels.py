@@ -227,25 +227,34 @@ def tiles(  # type: ignore[no-untyped-def]
     tl.store(out + columns[:, None], total.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def summed(  # type: ignore[no-untyped-def]
+    sums, ids, weights, places, token, at, inside, width, num_pairs, TOP_K: tl.constexpr, PARTS: tl.constexpr
+):
+    """One token's experts together, each by its weight, in the order in which they were picked; not those of ids below zero."""
+    y = tl.zeros(at.shape, tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = token * TOP_K + slot
+        here = tl.load(ids + pair) >= 0
+        place = pair if places is None else tl.maximum(tl.load(places + pair), 0).to(tl.int64)
+        one = tl.zeros(at.shape, tl.float32)
+        for part in tl.static_range(PARTS):
+            one += tl.load(sums + (part * num_pairs + place) * width + at, mask=inside, other=0).to(tl.float32)
+        y += tl.where(here, one, 0) * tl.load(weights + pair)
+    return y
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def add(  # type: ignore[no-untyped-def]
     sums, ids, weights, places, out, width, num_pairs,
     TOP_K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """One token's experts together, each by its weight, in the order in which they were picked; not those of ids below zero."""
+    """One token's experts together, where the norm that comes next does not make the sum."""
     if CHAIN:
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = at < width
-    y = tl.zeros((SIZE,), tl.float32)
-    for slot in tl.static_range(TOP_K):
-        pair = token * TOP_K + slot
-        here = tl.load(ids + pair) >= 0
-        place = pair if places is None else tl.maximum(tl.load(places + pair), 0).to(tl.int64)
-        one = tl.zeros((SIZE,), tl.float32)
-        for part in tl.static_range(PARTS):
-            one += tl.load(sums + (part * num_pairs + place) * width + at, mask=inside, other=0).to(tl.float32)
-        y += tl.where(here, one, 0) * tl.load(weights + pair)
+    y = summed(sums, ids, weights, places, token, at, inside, width, num_pairs, TOP_K, PARTS)
     tl.store(out + token * width + at, y.to(out.dtype.element_ty), mask=inside)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.ops.chain import chain
-from slipstream.ops.moe import kernels
+from slipstream.ops.moe import Pairs, kernels
 from slipstream.ops.tuned import Experts, Tile
 
 FEW = 8  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
@@ -57,11 +57,12 @@ def stacks(
     kind: str,
     limit: float = 7.0,
     tuned: Experts | None = None,
-) -> Tensor:
+    leave: bool = False,
+) -> Tensor | Pairs:
     """`experts` of two layers that hold what `prepare` gave them; the activation is part of the first product."""
     return experts(
-        x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit, tuned=tuned
-    )
+        x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit, tuned=tuned, leave=leave
+    )  # fmt: skip
 
 
 def experts(
@@ -76,12 +77,13 @@ def experts(
     kind: str,  # "swiglu_clamped" or "silu"
     limit: float = 7.0,
     tuned: Experts | None = None,  # what was measured for these weights on this card
-) -> Tensor:
-    """The weighted sum of each token's experts, like x. x is bfloat16 or float32."""
-    (tokens, hidden), top_k, number = x.shape, ids.shape[1], down[0].shape[0]
-    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    leave: bool = False,
+) -> Tensor | Pairs:
+    """The weighted sum of each token's experts, like x; to `leave` it, for few pairs, what is to be added. x is bfloat16 or
+    float32. For many pairs a sum that waits would hold memory through the next layer."""
+    tokens, top_k, number = len(x), ids.shape[1], down[0].shape[0]
     if not tokens:
-        return out
+        return torch.empty_like(x)
     pairs, ids, weights = tokens * top_k, ids.contiguous(), weights.contiguous()
     x = x if x.stride(1) == 1 and x.stride(0) % 2 == 0 else x.contiguous()
     inner = gate_up[0].shape[1] * 8 if len(gate_up) == 2 else gate_up[0].shape[1] // 2
@@ -91,10 +93,19 @@ def experts(
         else:
             tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2, tuned)
             sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, kind, limit), None
-        size = min(1024, triton.next_power_of_2(hidden))
+    made = Pairs(sums, ids, weights, places, x.dtype)
+    return made if leave and pairs <= WIDE else add(made)
+
+
+def add(given: Pairs) -> Tensor:
+    """The sum, where no norm makes it."""
+    (parts, places, hidden), (tokens, top_k) = given.sums.shape, given.ids.shape
+    out = torch.empty(tokens, hidden, dtype=given.dtype, device=given.sums.device)
+    size = min(1024, triton.next_power_of_2(hidden))
+    with torch.cuda.device_of(out):
         kernels.add[(tokens, triton.cdiv(hidden, size))](
-            sums, ids, weights, places, out, hidden, pairs, top_k, len(sums), size, **chain(x.device)
-        )
+            given.sums, given.ids, given.weights, given.places, out, hidden, places, top_k, parts, size, **chain(out.device)
+        )  # fmt: skip
     return out
 
 

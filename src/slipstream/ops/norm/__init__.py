@@ -1,6 +1,7 @@
 """The residual and its RMSNorm: add_norm(x, delta, weight, eps) -> (x + delta, norm of that sum).
 
 x, delta (..., width); weight (width,). The sum is rounded to x's dtype before it is normalised. Without a delta, x itself is.
+For those in `ADDS` delta may be what experts left to add (ops/moe: Pairs), which they add up and round first.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def _reject_reference(case: Case) -> str | None:
 
 
 WIDEST = 65536
+ADDS = ("triton",)
 IMPLS = (
     Impl("triton", _triton, _reject_triton),
     Impl("torch", _torch, _reject_torch),

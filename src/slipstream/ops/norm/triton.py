@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,20 +11,40 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.ops.chain import chain
+from slipstream.ops.moe import Pairs
+from slipstream.ops.moe.kernels import summed
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # (..., width)
-    rows, more = _rows(x), None if delta is None else _rows(delta)
+def add_norm(
+    x: Tensor, delta: Tensor | Pairs | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:  # (..., width)
+    rows = _rows(x)
+    pairs = delta if isinstance(delta, Pairs) else None
+    more = _rows(delta) if isinstance(delta, Tensor) else None
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    total = None if more is None else torch.empty_like(out)
+    total = None if delta is None else torch.empty_like(out)
     size = triton.next_power_of_2(rows.shape[1])
     if len(rows):
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _add_norm[(len(rows),)](
                 rows, more, weight, total, out, rows.stride(0), 0 if more is None else more.stride(0), rows.shape[1], eps,
-                SIZE=size, num_warps=min(8, max(1, size // 256)), **chain(x.device),
+                *left(pairs), SIZE=size, num_warps=warps(size, pairs), **chain(x.device),
             )  # fmt: skip
     return x if total is None else total.view(x.shape), out.view(x.shape)
+
+
+def left(pairs: Pairs | None) -> tuple[Any, ...]:
+    """What a kernel is told of a sum that experts left."""
+    if pairs is None:
+        return None, None, None, None, 0, 0, 0
+    return (
+        pairs.sums, pairs.ids, pairs.weights, pairs.places, pairs.sums.shape[1], pairs.ids.shape[1], len(pairs.sums)
+    )  # fmt: skip
+
+
+def warps(size: int, pairs: Pairs | None) -> int:
+    """Of a program for a row. One that reads what experts left has several numbers to fetch for each that it makes."""
+    return min(8 if pairs is None else 16, max(1, size // 256))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -30,10 +52,11 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _add_norm(  # type: ignore[no-untyped-def]
-    x, delta, weight, total, out, x_stride, delta_stride, width, eps, SIZE: tl.constexpr, CHAIN: tl.constexpr
-):
+    x, delta, weight, total, out, x_stride, delta_stride, width, eps, sums, ids, shares, places, num_pairs,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     real = at < width
     scale = tl.load(weight + at, mask=real, other=0).to(tl.float32)
@@ -41,8 +64,12 @@ def _add_norm(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
         gdc_wait()
     h = tl.load(x + row * x_stride + at, mask=real, other=0).to(tl.float32)
-    if delta is not None:
-        h += tl.load(delta + row * delta_stride + at, mask=real, other=0).to(tl.float32)
+    if total is not None:
+        if sums is None:
+            h += tl.load(delta + row * delta_stride + at, mask=real, other=0).to(tl.float32)
+        else:
+            y = summed(sums, ids, shares, places, row, at, real, width, num_pairs, TOP_K, PARTS)
+            h += y.to(total.dtype.element_ty).to(tl.float32)  # the experts' answer, which is a tensor elsewhere
         h = h.to(total.dtype.element_ty)  # the norm is of the sum as it goes on to the next layer
         tl.store(total + row * width + at, h, mask=real)
         h = h.to(tl.float32)

@@ -8,7 +8,8 @@ x, part (rows, width), contiguous rows. The sum is made in float32 in the order 
 and is rounded to x's dtype before anything else is done with it.
 
 `peers` writes what a rank has straight into the memory of the others' cards, in one kernel, and so is for messages of a decoding
-step. Larger ones, and all where it cannot be had, go by `collective`: torch.distributed, with NCCL on GPUs and gloo on CPUs.
+step; its `reduce_norm` also takes what experts left to add (ops/moe: Pairs). Larger ones, and all where it cannot be had, go by
+`collective`: torch.distributed, with NCCL on GPUs and gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from slipstream.ops.choose import Case, Impl, needs_triton
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from slipstream.ops.moe import Pairs
 
 ROWS, WORDS = 256, 4096  # of the largest message; a word is 4 bytes of a row
 RANKS = 8
@@ -42,7 +45,7 @@ class Slots:
     counts: Tensor
     stop: Tensor
 
-    def take(self, x: Tensor) -> bool:
+    def take(self, x: Tensor | Pairs) -> bool:
         """Whether there is room for it."""
         return len(x) <= ROWS and x.shape[1] * x.itemsize % 4 == 0 and x.shape[1] * x.itemsize <= 4 * WORDS
 

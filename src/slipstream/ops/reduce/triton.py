@@ -15,6 +15,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.ops.chain import chain
+from slipstream.ops.moe import Pairs
+from slipstream.ops.moe.kernels import summed
+from slipstream.ops.norm.triton import left
 from slipstream.ops.reduce import ROWS, WORDS, Slots
 
 
@@ -24,25 +27,32 @@ def reduce(x: Tensor, slots: Slots) -> Tensor:  # (rows, width)
     return out
 
 
-def reduce_norm(part: Tensor, x: Tensor, weight: Tensor, eps: float, slots: Slots) -> tuple[Tensor, Tensor]:
+def reduce_norm(part: Tensor | Pairs, x: Tensor, weight: Tensor, eps: float, slots: Slots) -> tuple[Tensor, Tensor]:
     out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     _launch(part, x, weight, total, out, eps, slots)
     return total, out
 
 
 def _launch(
-    part: Tensor, x: Tensor | None, weight: Tensor | None, total: Tensor | None, out: Tensor, eps: float, slots: Slots
+    part: Tensor | Pairs,
+    x: Tensor | None,
+    weight: Tensor | None,
+    total: Tensor | None,
+    out: Tensor,
+    eps: float,
+    slots: Slots,
 ) -> None:
-    rows, mine, before = len(part), _words(part), None if x is None else _words(x)
+    rows, before, made = len(part), None if x is None else _words(x), _words(out)
     if not rows:
         return
-    size = triton.next_power_of_2(mine.shape[1])
-    with torch.cuda.device_of(part):  # Triton launches on the current device
+    mine, pairs = (None, part) if isinstance(part, Pairs) else (_words(part), None)
+    size = triton.next_power_of_2(made.shape[1])
+    with torch.cuda.device_of(out):  # Triton launches on the current device
         _sum[(rows,)](
-            mine, before, weight, None if total is None else _words(total), _words(out), slots.table, slots.counts, slots.stop,
-            mine.stride(0), 0 if before is None else before.stride(0), mine.shape[1], eps,
-            RANK=slots.rank, RANKS=slots.size, HALVES=part.itemsize == 2, ROWS=ROWS, MOST=WORDS, SIZE=size,
-            num_warps=min(16, max(1, size // 128)), **chain(part.device),
+            mine, before, weight, None if total is None else _words(total), made, slots.table, slots.counts, slots.stop,
+            0 if mine is None else mine.stride(0), 0 if before is None else before.stride(0), made.shape[1], eps,
+            *left(pairs), RANK=slots.rank, RANKS=slots.size, HALVES=part.itemsize == 2, ROWS=ROWS, MOST=WORDS, SIZE=size,
+            num_warps=min(16, max(1, size // 128)), **chain(out.device),
         )  # fmt: skip
 
 
@@ -71,9 +81,24 @@ def _word(low, high, HALVES: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _experts(  # type: ignore[no-untyped-def]
+    sums, ids, shares, places, row, at, words, num_pairs, TOP_K: tl.constexpr, PARTS: tl.constexpr, HALVES: tl.constexpr
+):
+    """What this rank's experts gave, added up and rounded, in words."""
+    if HALVES:
+        both = 2 * at[:, None] + tl.arange(0, 2)[None, :]
+        y = summed(sums, ids, shares, places, row, both, both < 2 * words, 2 * words, num_pairs, TOP_K, PARTS)
+        low, high = tl.split(y)
+        return _word(low, high, HALVES)
+    y = summed(sums, ids, shares, places, row, at, at < words, words, num_pairs, TOP_K, PARTS)
+    return _word(y, y, HALVES)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
 def _sum(  # type: ignore[no-untyped-def]
-    part, x, weight, total, out, table, counts, stop, part_stride, x_stride, words, eps, RANK: tl.constexpr, RANKS: tl.constexpr,
-    HALVES: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
+    part, x, weight, total, out, table, counts, stop, part_stride, x_stride, words, eps, sums, ids, shares, places, num_pairs,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, HALVES: tl.constexpr,
+    ROWS: tl.constexpr, MOST: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     real = at < words
@@ -89,7 +114,10 @@ def _sum(  # type: ignore[no-untyped-def]
         gdc_wait()
     count = tl.load(counts + row)
     slot = ((count & 1) * RANKS * ROWS + row) * MOST
-    mine = tl.load(part + row * part_stride + at, mask=real, other=0)
+    if sums is None:
+        mine = tl.load(part + row * part_stride + at, mask=real, other=0)
+    else:
+        mine = _experts(sums, ids, shares, places, row, at, words, num_pairs, TOP_K, PARTS, HALVES)
     numbered = (count.to(tl.int64) << 32) | mine.to(tl.uint32, bitcast=True).to(tl.int64)
     for other in tl.static_range(RANKS):
         if other != RANK:
