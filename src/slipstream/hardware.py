@@ -9,7 +9,6 @@ import torch
 
 from slipstream.config import EngineConfig
 from slipstream.errors import ConfigError
-from slipstream.ops.chain import hashing
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,6 @@ def find_hardware(asked: EngineConfig, why: dict[str, str]) -> Hardware:
         index = torch.device(device).index or 0
         if index >= torch.cuda.device_count():
             raise ConfigError(f"device: there is no {device}; torch sees {torch.cuda.device_count()} CUDA devices")
-        hashing()
         free, _ = torch.cuda.mem_get_info(index)
         free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)  # what torch keeps to use again
         return Hardware(device, torch.cuda.get_device_name(index), free, torch.cuda.get_device_capability(index))

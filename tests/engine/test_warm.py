@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 from slipstream.engine import warm
 from slipstream.engine.graphs import Shape
 from slipstream.engine.runner import Runner
+from slipstream.ops.moe import Pairs
 from slipstream.ops.reduce import Slots
 from slipstream.ops.reduce import triton as reduce_triton
 from slipstream.parallel.collectives import Wires
@@ -185,17 +186,20 @@ def test_one_of_two_ranks_speaks_to_nobody(
     )  # fmt: skip
     assert {c.op: c.name for c in runner.plan.choices}["reduce"] == "peers"
     launched: list[tuple[bool, int]] = []
+    left: list[bool] = []
     launch = reduce_triton._launch
 
     def seen(part: torch.Tensor, x: torch.Tensor | None, *more: Any) -> None:
         launched.append((x is not None, len(part)))
+        left.append(isinstance(part, Pairs))
         launch(part, x, *more)
 
     monkeypatch.setattr(reduce_triton, "_launch", seen)
     with warm.diverted():
         warm.rehearse(runner)
     names = {name for name, _ in keys}
-    assert names >= {"_sum", "_attend", "_attention_input", "_router", "_race", "add"}
+    assert names >= {"_sum", "_attend", "_attention_input", "_router", "_race", "tiles"}
+    assert any(left), "the sum over ranks begins with that of the experts"
     layers = SHAPE["num_hidden_layers"]
     norms = [norm for norm, _ in launched]
     assert norms.count(True) == 2 * layers * norms.count(False) > 0, (
@@ -213,6 +217,34 @@ def _decode(runner: Runner, rows: int, start: int) -> None:
     most = runner.decoder._most
     widths = tuple(min(m, 32 << max(0, (start // 16).bit_length() - 5)) for m in most)
     runner.decoder._step(Shape(size, widths))()
+
+
+def test_the_plan_begins_triton_for_weights_that_it_lays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[torch.device] = []
+    monkeypatch.setattr("slipstream.ops.moe.layout.begin", begun.append)
+    plan = hopper.plan_for(tmp_path / "experts", SHAPE, monkeypatch)
+    assert begun == [torch.device("cuda", 0)] and "norm[triton]" in plan.why["sum of experts"]
+    assert plan.ops.experts.kernel.experts.keywords["leave"] is True  # type: ignore[attr-defined]
+    begun.clear()
+    dense = {k: v for k, v in SHAPE.items() if "experts" not in k} | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+    }
+    dense |= {
+        "attention_bias": False,
+        "layer_types": None,
+        "quantization_config": None,
+        "head_dim": 64,
+        "hidden_act": "silu",
+    }
+    hopper.plan_for(tmp_path / "dense", dense, monkeypatch)
+    assert not begun
+
+
+def test_another_norm_gets_sums_that_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch, kernels={"norm": "torch"})
+    assert {c.op: c.name for c in plan.choices}["norm"] == "torch" and "sum of experts" not in plan.why
+    assert "leave" not in getattr(plan.ops.experts.kernel.experts, "keywords", {})
 
 
 def test_sizes_are_few_and_reach_the_most() -> None:

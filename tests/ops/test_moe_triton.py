@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from slipstream.ops.moe.reference import experts as reference
 pytest.importorskip("triton")
 
 from slipstream.ops.moe import kernels
+from slipstream.ops.moe import layout as layouts
 from slipstream.ops.moe import triton as module
 from slipstream.ops.moe.layout import MOVES, PLACES, _lay_out, laid_out, laid_out_on_card, prepare
 from slipstream.ops.moe.triton import TABLE, Tiles, experts
@@ -388,11 +390,38 @@ def test_the_layout_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"codes": "*i16", "scales": "*u8", "words": "*i32", "factors": "*u8", "rows": "i32", "blocks": "i32"}
     constants = {"MOVES": MOVES, "GATED": True, "SIZE": 1024}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
     source = ASTSource(_lay_out, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     machine_code(made.asm["cubin"], tmp_path / "kernel.cubin")  # spills nothing
     assert "st.global.v4.b32" in made.asm["ptx"]
+
+
+def test_the_first_launches_are_made_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[bool, bool]] = []
+    gate, main = threading.Event(), threading.current_thread()
+
+    def on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+        if threading.current_thread() is not main:
+            assert gate.wait(20)
+        assert codes.shape == (*scales.shape, 16)
+        launched.append((gated, threading.current_thread() is main))
+        return codes, scales
+
+    monkeypatch.setattr(layouts, "_on_card", on_card)
+    layouts.begin.cache_clear()
+    device, codes = torch.device("cpu"), torch.zeros(3, 16, 2, 16, dtype=torch.uint8)
+    made = layouts.begin(device)
+    assert layouts.begin(device) is made and not launched, "nobody waits"
+    threading.Timer(0.05, gate.set).start()
+    laid_out_on_card(codes, codes[..., 0], True)
+    assert launched == [(False, False), (True, False), (True, True)], "but whoever needs it"
+    monkeypatch.setattr(layouts, "_on_card", lambda *_: 1 // 0)
+    layouts.begin.cache_clear()
+    layouts.begin(device)
+    with pytest.raises(ZeroDivisionError):
+        laid_out_on_card(codes, codes[..., 0], True)
+    layouts.begin.cache_clear()
 
 
 @pytest.mark.parametrize("sort", [False, True])

@@ -297,7 +297,8 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     for i, (first, again) in enumerate(((False, True), (True, True), (True, False))):
         cases[f"router-{i}"] = partial(route, 7, 3, first, again)
         cases[f"router-32-{i}"] = partial(route, 32, 4, first, again)
-    cases["router-256"] = partial(route, 256, 16, True, True)
+    cases["router-256"], cases["router-300"] = partial(route, 256, 16, True, True), partial(route, 300, 5, False, True)
+    cases["router-128"] = partial(route, 128, 8, True, True)
     cases["router-product"], cases["router-product-1"] = route_product, partial(route_product, 1, 130, 40)
     for kind in KINDS:
         cases[kind] = partial(gate, kind)
@@ -340,6 +341,7 @@ def test_they_serve_both_modes_and_say_what_they_need(
 
 LEFT = {"eps": "fp32", "sums": "*fp32", "ids": "*i32", "shares": "*fp32", "places": "*i32", "num_pairs": "i32"}
 NOT_LEFT = {"sums": None, "ids": None, "shares": None, "places": None, "TOP_K": 0, "PARTS": 0}
+ROUTER = {"SOFTMAX_FIRST": False, "RENORMALIZE": True, "ROUND": tl.bfloat16}
 KERNELS: dict[
     str, tuple[Any, dict[str, Any], dict[str, str], int]
 ] = {  # constants, types that are not bf16 or i32, warps
@@ -354,7 +356,19 @@ KERNELS: dict[
     ),
     "router": (
         _router,
-        {"SOFTMAX_FIRST": False, "RENORMALIZE": True, "EXPERTS": 32, "TOP_K": 4, "PARTS": 15, "ROUND": tl.bfloat16},
+        {"EXPERTS": 32, "TOP_K": 4, "PARTS": 15, "COUNT": True, **ROUTER},
+        {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"},
+        1,
+    ),
+    "router_256": (
+        _router,
+        {"EXPERTS": 256, "TOP_K": 8, "PARTS": 11, "COUNT": True, **ROUTER},
+        {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"},
+        8,
+    ),
+    "router_512": (
+        _router,
+        {"EXPERTS": 512, "TOP_K": 16, "PARTS": 11, "COUNT": False, **ROUTER},
         {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"},
         1,
     ),

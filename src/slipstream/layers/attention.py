@@ -75,7 +75,7 @@ class Attention(nn.Module):
         out = self.ops.attention(
             q, keys, values, batch, group, scale=self.scale, softcap=self.softcap, sinks=self.sinks
         )
-        return self.ops.ranks.reduce(self.out(out.reshape(tokens, self.heads * self.head_dim)))
+        return self.ops.ranks.reduce(self.out.left(out.reshape(tokens, self.heads * self.head_dim)))
 
     def _norm_all(self, qkv: Tensor) -> Tensor:  # (tokens, heads + 2 * kv_heads, head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)

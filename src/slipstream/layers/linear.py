@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from slipstream.layers.ops import Ops
 from slipstream.ops.formats import Weight, decode
 from slipstream.ops.linear import LinearKernel
+from slipstream.ops.moe import Pairs
 from slipstream.parallel.collectives import Together, whole
 
 
@@ -52,6 +53,14 @@ class Linear(nn.Module):
             return kernel(x, packed, self.bias)
         out = torch.cat([kernel(x, packed, None) for kernel, packed in self.parts], -1)
         return out if self.bias is None else out.add_(self.bias)
+
+    def left(self, x: Tensor) -> Tensor | Pairs:  # (tokens, in) -> (tokens, out)
+        """Where the norm that comes next adds: a sum that is left to it, if the kernel is faster without."""
+        kernel, packed = self.parts[0]
+        if len(self.parts) > 1 or not self.ops.adds or not hasattr(kernel, "left"):
+            return self(x)
+        found: Tensor | Pairs = kernel.left(x, packed, self.bias)
+        return found
 
     def wide(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """In float32 where the kernel can give it: of logits, the best two often are the same number in bfloat16.

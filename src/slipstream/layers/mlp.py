@@ -21,7 +21,7 @@ class MLP(nn.Module):
         self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Delta:  # (tokens, hidden)
-        return self.ranks.reduce(self.down(self.activation(self.gate_up(x), self.kind)))
+        return self.ranks.reduce(self.down.left(self.activation(self.gate_up(x), self.kind)))
 
 
 class MoE(nn.Module):

@@ -15,16 +15,9 @@ from slipstream.parallel.collectives import Alone, Together
 
 
 class ExpertsChoice:
-    """The kernel of the experts. It is chosen by the formats of their weights, which are known after the model is built.
-
-    Attributes:
-        left: their last sum may be left to the norm that comes next, which adds it up.
-    """
+    """The kernel of the experts. It is chosen by the formats of their weights, which are known after the model is built."""
 
     kernel: ExpertsKernel
-
-    def __init__(self, *, left: bool = False) -> None:
-        self.left = left
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +27,7 @@ class Ops:
     Attributes:
         row_by_row: cos, sin and tanh are taken of each row alone. On a CPU, torch computes the last numbers of a tensor and of
             a thread's share by other code than the rest, whose last bit may differ.
+        adds: add_norm takes sums that a product or the experts left to it (ops/moe: Pairs).
     """
 
     add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -49,4 +43,5 @@ class Ops:
     pick: Any = None
     draw: Any = None
     row_by_row: bool = False
+    adds: bool = False
     used: Used | None = None  # counts what runs, if that was asked for

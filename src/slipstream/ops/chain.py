@@ -9,7 +9,6 @@ At least one program of every kernel has to wait, or the chain is broken for tho
 from __future__ import annotations
 
 from functools import cache
-from threading import Thread
 
 import torch
 
@@ -19,19 +18,3 @@ def chain(device: torch.device) -> dict[str, bool]:
     """Options of a launch: whether the kernel is one of the chain, which CHAIN tells the kernel itself."""
     can = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
     return {"CHAIN": can, "launch_pdl": can}
-
-
-@cache
-def hashing() -> Thread:
-    """Triton hashes its own files before the first kernel of a process, for half a second: begun early, beside other work."""
-    thread = Thread(target=_hash, name="slipstream-triton", daemon=True)
-    thread.start()
-    return thread
-
-
-def _hash() -> None:
-    try:
-        from triton.runtime.cache import triton_key
-    except ImportError:  # no Triton, or one that keeps it elsewhere: then it hashes when it has to
-        return
-    triton_key()

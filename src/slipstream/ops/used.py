@@ -71,4 +71,4 @@ class _Kernel:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._kernel, name)
-        return self._count(found) if name == "wide" else found
+        return self._count(found) if name in ("wide", "left") else found

@@ -125,10 +125,9 @@ def choose_ops(
     fns = {op: counted(choice) for op, choice in chosen.items()}
     table = Ops(
         add_norm=fns["norm"], attention_input=fns["attention_input"], attention=fns["attention"],
-        activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(left=chosen["norm"].name in norm.ADDS),
-        linear=kernel, dtype=dtype,
+        activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(), linear=kernel, dtype=dtype,
         sample=fns["sampling"], pick=fns["pick"], draw=fns["draw"],
-        row_by_row=asked.batch_invariant and case.device == "cpu", used=used,
+        row_by_row=asked.batch_invariant and case.device == "cpu", adds=chosen["norm"].name in norm.ADDS, used=used,
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]
@@ -162,7 +161,7 @@ def experts_choice(
     choice = _pick("moe", moe.IMPLS, case, asked, hardware)
     formats = {part.format for part in stacks if part.local == layers[0].gate_up.shape}
     kernel = known.experts_kernel(choice, formats, layers[0].gate_up.shape)
-    if table.experts.left and kernel.leaves:
+    if table.adds and kernel.leaves:
         kernel = replace(kernel, experts=partial(kernel.experts, leave=True))
     table.experts.kernel = kernel if table.used is None else table.used.counted(choice, kernel)
     return [choice]

@@ -1,7 +1,9 @@
 """Multiply by mxfp4 in bfloat16 on Hopper: with the kernels of a mixture of experts, of which there is one.
 
 Those start before the kernel before them has ended (ops/chain.py), and a weight goes from its load straight into a product.
-A part of the sum in a program each, where rows alone leave the device idle; a second kernel adds the parts, in order.
+A part of the sum in a program each, where rows alone leave the device idle; a second kernel adds the parts, in order. The norm
+that comes next can do that as well, and then there are as many parts as are fastest: a warp decodes its weights slower than
+memory brings them, so that few programs would be slow, whatever they read ahead.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from torch import Tensor
 
 from slipstream.ops.chain import chain
 from slipstream.ops.formats import Weight
-from slipstream.ops.moe import kernels
+from slipstream.ops.moe import Pairs, kernels
 from slipstream.ops.moe.layout import held_bytes, prepare
-from slipstream.ops.moe.triton import TABLE, Tiles, mixed, processors, run_tiles
+from slipstream.ops.moe.triton import FEW, TABLE, Tiles, choose_parts, mixed, processors, run_tiles
 
 MOST = 1 << 17  # tokens
 # By tokens: as for experts that each have so many, but with less of the weight a program, as there are fewer programs.
@@ -54,20 +56,38 @@ class Slabs:
         tiles = choose_tiles(tokens, x.dtype)
         programs = triton.cdiv(slabs, tiles.slabs) * triton.cdiv(tokens, tiles.pairs)
         parts = max(1, min(processors(x.device) // (2 * programs), triton.cdiv(2 * twos, tiles.blocks) // 2))
-        if mixed(tiles, packed):
-            x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
-        x = x if x.stride(1) == 1 else x.contiguous()
-        zeros, order, ones = _numbers(x.device)
-        schedule = zeros[: triton.cdiv(tokens, tiles.pairs)], None if tokens == 1 else order
         sums = out if parts == 1 else torch.empty(parts, tokens, slabs * 16, dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            run_tiles(x, packed, bias, schedule, sums.view(parts, tokens, -1), tiles, 1, None, 0.0)
-            if parts > 1:
-                size = 1024
+        _multiply(x, packed, bias, sums.view(parts, tokens, -1), tiles)
+        if parts > 1:
+            zeros, _, ones = _numbers(x.device)
+            size = 1024
+            with torch.cuda.device_of(x):  # Triton launches on the current device
                 kernels.add[(tokens, triton.cdiv(slabs * 16, size))](
                     sums, zeros, ones, None, out, slabs * 16, tokens, 1, parts, size, **chain(x.device)
                 )
         return out
+
+    def left(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor | Pairs:
+        (_, slabs, twos, _), tokens = packed[0].shape, len(x)
+        tiles = choose_tiles(tokens, x.dtype)
+        parts = choose_parts(1, slabs, 2 * twos, tiles, x.device)
+        if not 0 < tokens <= FEW or parts == 1:
+            return self(x, packed, bias)
+        sums = torch.empty(parts, tokens, slabs * 16, dtype=torch.float32, device=x.device)
+        _multiply(x, packed, bias, sums, tiles)
+        zeros, _, ones = _numbers(x.device)
+        return Pairs(sums, zeros[:tokens, None], ones[:tokens, None], None, x.dtype)
+
+
+def _multiply(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, tiles: Tiles) -> None:
+    """To out, (parts, tokens, rows)."""
+    if mixed(tiles, packed):
+        x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    zeros, order, _ = _numbers(x.device)
+    schedule = zeros[: triton.cdiv(len(x), tiles.pairs)], None if len(x) == 1 else order
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        run_tiles(x, packed, bias, schedule, out, tiles, 1, None, 0.0)
 
 
 def choose_tiles(tokens: int, dtype: torch.dtype) -> Tiles:

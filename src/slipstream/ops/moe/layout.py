@@ -5,6 +5,8 @@ kernels.py says what the layout is and why. A card lays out what has landed on i
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from slipstream.errors import KernelError
-from slipstream.ops.chain import hashing
 from slipstream.ops.formats import Weight
 
 # Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
@@ -109,10 +110,36 @@ def _slabs(rows: Tensor, gated: bool) -> Tensor:
 
 def laid_out_on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     """`laid_out` in one kernel."""
+    begin(codes.device).result()
+    return _on_card(codes, scales, gated)
+
+
+@cache
+def begin(device: torch.device) -> Future[None]:
+    """Launch the kernel for the first time, in a thread of its own: early, beside other work.
+
+    Before the first launch of a process Triton hashes its own files, starts its driver, asks for the version of its assembler and
+    looks into its cache: half a second or more. What goes wrong is raised where the result is asked for.
+
+    Args:
+        device: with its index.
+    """
+    pool = ThreadPoolExecutor(1, "slipstream-triton")
+    made = pool.submit(_first, device)
+    pool.shutdown(wait=False)
+    return made
+
+
+def _first(device: torch.device) -> None:
+    codes = torch.zeros(1, 16, 2, 16, dtype=torch.uint8, device=device)
+    for gated in (False, True):
+        _on_card(codes, codes[..., 0].contiguous(), gated)
+
+
+def _on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     experts, rows, blocks, _ = codes.shape
     words = torch.empty(experts * rows * blocks * 4, dtype=torch.int32, device=codes.device)
     factors = torch.empty(scales.numel(), dtype=torch.uint8, device=codes.device)
-    hashing().join()
     size = 1024
     grid: Any = (triton.cdiv(rows * blocks * 4, size), experts)
     with torch.cuda.device_of(codes):  # Triton launches on the current device
@@ -122,7 +149,7 @@ def laid_out_on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor
     return words, factors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks"])  # so that the first launches are of all the kernels that there are
 def _lay_out(  # type: ignore[no-untyped-def]
     codes, scales, words, factors, rows, blocks, MOVES: tl.constexpr, GATED: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""The router on a GPU: the product in parts of the width, then one warp a token takes the best expert top_k times.
+"""The router on a GPU: the product in parts of the width, then a program a token counts for each expert how many are better.
 
 For few tokens cuBLAS takes 6 us for a product as small as this and the choice 2 more; both are 4 us here. Tiles and parts do not
 depend on the number of tokens, so neither do a token's bits while there are at most `few`.
@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from slipstream.ops.chain import chain
 
 FEW = 512  # tokens, from which on tiles as small as these are slower than cuBLAS
+COUNT = 256  # experts up to which that is faster than to look for the best one top_k times
 TILE = {"BLOCK_M": 16, "BLOCK_K": 64}
 
 
@@ -36,6 +37,7 @@ def router(
     bias = None if weight is None else linear.bias  # type: ignore[attr-defined]
     parts, tokens, experts = sums.shape
     sums = sums if sums.stride(2) == 1 else sums.contiguous()
+    size = triton.next_power_of_2(experts)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     if tokens:
@@ -43,8 +45,8 @@ def router(
             _router[(tokens,)](
                 sums, bias, ids, weights, sums.stride(1), sums.stride(0), experts, top_k, ROUND=DTYPES[x.dtype],
                 PARTS=parts, SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first,
-                EXPERTS=triton.next_power_of_2(experts), TOP_K=triton.next_power_of_2(top_k), num_warps=1,
-                **chain(x.device),
+                EXPERTS=size, TOP_K=triton.next_power_of_2(top_k), COUNT=size <= COUNT,
+                num_warps=max(1, size // 32) if size <= COUNT else 1, **chain(x.device),
             )  # fmt: skip
     return ids, weights
 
@@ -100,7 +102,7 @@ def _part(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["stride", "part_stride"])
 def _router(  # type: ignore[no-untyped-def]
     logits, bias, ids, weights, stride, part_stride, experts, top_k, ROUND: tl.constexpr, PARTS: tl.constexpr,
-    SOFTMAX_FIRST: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    SOFTMAX_FIRST: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, COUNT: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
     if CHAIN:
@@ -122,12 +124,16 @@ def _router(  # type: ignore[no-untyped-def]
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     order = tl.where(x != x, 0x7FFFFFFF, order).to(tl.int64)
     order = tl.where(expert < experts, order * 65536 + (65535 - expert), -0x7FFFFFFFFFFFFFFF)
-    best_ids, best = tl.zeros((TOP_K,), tl.int32), tl.full((TOP_K,), float("-inf"), tl.float32)
-    for i in range(top_k):
-        first = 65535 - (tl.max(order) & 65535).to(tl.int32)
-        value = tl.sum(tl.where(expert == first, x, 0.0))
-        best_ids, best = tl.where(slot == i, first, best_ids), tl.where(slot == i, value, best)
-        order = tl.where(expert == first, -0x7FFFFFFFFFFFFFFF, order)
+    if COUNT:  # all at once: one look at the best after the other is a chain of reductions
+        slot = tl.sum((order[None, :] > order[:, None]).to(tl.int32), 1)
+        best_ids, best = expert, tl.where(slot < top_k, x, float("-inf"))
+    else:
+        best_ids, best = tl.zeros((TOP_K,), tl.int32), tl.full((TOP_K,), float("-inf"), tl.float32)
+        for i in range(top_k):
+            first = 65535 - (tl.max(order) & 65535).to(tl.int32)
+            value = tl.sum(tl.where(expert == first, x, 0.0))
+            best_ids, best = tl.where(slot == i, first, best_ids), tl.where(slot == i, value, best)
+            order = tl.where(expert == first, -0x7FFFFFFFFFFFFFFF, order)
     if not SOFTMAX_FIRST:
         best = tl.exp(best - tl.max(best))
     else:
