@@ -195,7 +195,10 @@ def _check_online(endpoint: str, what: str) -> None:
     try:
         get_session().head(endpoint, timeout=_TIMEOUT)
     except (httpx.HTTPError, httpx.InvalidURL) as e:
-        raise TrustError(f"{what}, and {endpoint} cannot be reached: {e}") from e
+        raise TrustError(
+            f"{what}, and {endpoint} cannot be reached: {e}; check the network, name a mirror in the policy (endpoint), or pin a local "
+            "folder with `slipstream kernels lock FOLDER`"
+        ) from e
 
 
 @contextmanager
