@@ -2,7 +2,8 @@
 
 Claims: parallel.tp2.b1, parallel.tp2.b64 (decoding gpt-oss-120b), parallel.tp2.b256 and parallel.ep2.b256 (experts cut, and experts
 spread, with how even their load was), parallel.tp2.bytes.120b and .20b (the part of the weights that the fuller of two ranks holds).
-Of one card alone: gpu.fraction.120b. The baseline is one card, measured in the same run by the same code; `limit` is twice what one card allows. Two ranks and one have to
+Of one card alone: gpu.fraction.120b. The baseline is one card, measured in the same run by the same code; `limit` is
+twice what one card allows. Two ranks and one have to
 give the same tokens for a small checkpoint before anything is timed: random weights say nothing of that.
 
     python benchmarks/parallel.py [--only check bytes sums 120b.one 120b.tp 120b.ep] [--seconds 235]
@@ -216,7 +217,8 @@ def report(told: dict[str, list[Told]], tiny: bool) -> bool:
     machine = of(told.get("120b.one", []), "bandwidth")
     if machine and 1 in one and not tiny:  # one card alone is a claim of its own
         rate, least = statistics.median(one[1]["runs"]), one[1]["bytes"] / machine["bandwidth"]
-        record("gpu.fraction.120b", rate * least, "of the measured bandwidth", limit=1.0, versions=PACKAGES, machine=machine["machine"],
+        record("gpu.fraction.120b", rate * least, "of the measured bandwidth", limit=1.0, versions=PACKAGES,
+               machine=machine["machine"],
                choices=of(told["120b.one"], "choices")["choices"], tokens_per_second=round(rate, 1),
                tokens_per_second_limit=round(1 / least, 1), runs=[round(r, 2) for r in one[1]["runs"]])  # fmt: skip
     for kind, found in (("tp", tp), ("ep", ep)):
