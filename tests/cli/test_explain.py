@@ -130,4 +130,6 @@ def test_what_cannot_be_shared(slipstream: Run, model: str) -> None:
     assert ran.code == 2 and "--tensor-parallel-size: 5 ranks cannot share 4 heads" in ran.err
     ran = slipstream("explain", model, "--tensor-parallel-size", 2, "--enable-expert-parallel")
     assert ran.code == 2 and "--enable-expert-parallel: a llama model has no experts" in ran.err
+    ran = slipstream("explain", model, "--enable-expert-parallel")
+    assert ran.code == 2 and "--enable-expert-parallel: a llama model has no experts" in ran.err
     assert len(TINY) > 12

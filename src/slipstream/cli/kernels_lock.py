@@ -173,7 +173,7 @@ def _pins(
             continue
         seen.add(repo)
         if not is_repo(repo) and not Path(repo).is_dir():
-            raise TrustError(f"{repo} is no folder, and a repository of the Hub is written org/name")
+            raise TrustError(f"{repo} is no folder, and a repository of the Hub is written org/name; check the path")
         if why := rules.allows(repo):
             raise TrustError(f"{repo}: {why}. Whoever is responsible for that file must list it there first")
         try:

@@ -77,7 +77,9 @@ def pin_folder(path: Path, root: Path | None, hash_tree: Callable[[Path], dict[s
         texts[folder.name] = {n: (folder / n).read_bytes() for n in (METADATA, BUNDLE) if n in files}
         builds[folder.name] = _build(folder.name, files, texts[folder.name], root)
     if not builds:
-        raise TrustError(f"{path} has no build/<variant>/{METADATA}, so it is not a kernel repository")
+        raise TrustError(
+            f"it has no build/<variant>/{METADATA}, so it is not a kernel repository; docs/security.md makes a small one"
+        )
     version, depends = _stated(texts)
     return Pin(str(path), None, version, builds, depends)
 
@@ -195,7 +197,10 @@ def _check_online(endpoint: str, what: str) -> None:
     try:
         get_session().head(endpoint, timeout=_TIMEOUT)
     except (httpx.HTTPError, httpx.InvalidURL) as e:
-        raise TrustError(f"{what}, and {endpoint} cannot be reached: {e}") from e
+        raise TrustError(
+            f"{what}, and {endpoint} cannot be reached: {e}; check the network, name a mirror in the policy (endpoint), or "
+            "pin a local folder with `slipstream kernels lock FOLDER`"
+        ) from e
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class Policy:
         """
         (lock_path, lock_data, why_lock), (path, data, why) = _read(LOCK, lock), _read(POLICY, policy)
         if data is None or path is None or why:
-            return cls(denied=why or f"there is no {POLICY}, and without one no code from elsewhere is run")
+            nothing = f"there is no {POLICY}, and without one no code from elsewhere is run; `slipstream kernels lock` writes one"
+            return cls(denied=why or nothing)
         allowed = cls.parse(data, path)
         if lock_data is None or lock_path is None or why_lock:
             return allowed.with_lock(Lock({}), {}, why_lock)
