@@ -10,10 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slipstream.errors import ConfigError
+from slipstream.ops.formats import Weight
 from slipstream.ops.moe import ExpertsKernel
 
 KINDS = ("silu", "gelu", "gelu_tanh", "swiglu_clamped")
 Activation = Callable[..., Tensor]
+
+
+class _NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ConfigError(
+            "kernelize is for inference, and its kernels have no derivatives; use report.undo() for gradients"
+        )
+
+
+def ends_here(out: Tensor, *inputs: Tensor) -> Tensor:
+    """`out`, through which asking for gradients is an error; else those of what is before it would be missing in silence."""
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        return out
+    found: Tensor = _NoDerivative.apply(out.detach(), *inputs)
+    return found
 
 
 class _Inference(nn.Module):
@@ -37,8 +58,8 @@ class Norm(_Inference):
         self.training = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        found: Tensor = self.add_norm(hidden_states, None, self.weight, self.variance_epsilon)[1]
-        return found
+        found = self.add_norm(hidden_states, None, self.weight, self.variance_epsilon)[1]
+        return ends_here(found, hidden_states, self.weight)
 
 
 class MLP(_Inference):
@@ -48,22 +69,33 @@ class MLP(_Inference):
         super().__init__()
         self.activation, self.kind = activation, kind
         self.gate_proj, self.up_proj, self.down_proj = old.gate_proj, old.up_proj, old.down_proj
-        self._weight, self._bias = _joined(self.gate_proj, self.up_proj)
+        self._joined: dict[str, tuple[Tensor, list[int]]] = {}
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.down_proj(self.activation(F.linear(x, self._weight, self._bias), self.kind))
+        halves = self.gate_proj, self.up_proj
+        if any(type(p) is not nn.Linear or has_hooks(p) for p in halves):  # such as an adapter that was put there since
+            both = torch.cat([p(x) for p in halves], -1)
+        else:
+            both = F.linear(x, self._both("weight"), None if halves[0].bias is None else self._both("bias"))
+        found: Tensor = self.down_proj(ends_here(self.activation(both, self.kind), x, *self.gate_proj.parameters()))
         return found
 
-
-def _joined(gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    def one(first: Tensor, second: Tensor) -> Tensor:
-        both = torch.cat((first.data, second.data))
-        first.data, second.data = both.split((len(first), len(second)))
+    def _both(self, name: str) -> Tensor:
+        """Of gate and up, one after the other: joined again where they have been given other numbers since."""
+        halves = [getattr(p, name) for p in (self.gate_proj, self.up_proj)]
+        both, places = self._joined.get(name, (halves[0], []))
+        if [h.data_ptr() for h in halves] != places:
+            with torch.inference_mode(False):
+                both = torch.cat([h.data for h in halves])
+            for half, part in zip(halves, both.split([len(h) for h in halves]), strict=True):
+                half.data = part
+            self._joined[name] = both, [h.data_ptr() for h in halves]
         return both
 
-    bias = None if gate.bias is None or up.bias is None else one(gate.bias, up.bias)
-    return one(gate.weight, up.weight), bias
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class Stack:
@@ -80,6 +112,12 @@ class Stack:
         number, rows, width = self.weight.shape
         self.shape = (number, width, rows) if self.turned else (number, rows, width)
         self.stack: tuple[Any, ...] = ()
+        self.prepared_of: tuple[int, int] | None = None
+
+    def state(self) -> tuple[int, int]:
+        """Another one when the numbers have changed."""
+        weight = self.weight
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
     @property
     def weight(self) -> Tensor:
@@ -109,18 +147,24 @@ class Experts:
     """What a module of experts calls through transformers' ExpertsInterface."""
 
     def __init__(self, kernel: ExpertsKernel, module: Any, activation: Activation, kind: str) -> None:
-        from slipstream.ops.formats import Weight
-
         self.kernel, self.activation, self.kind = kernel, activation, kind
         self.number, self.limit = module.num_experts, float(getattr(module, "limit", 7.0))
         self.gate_up = Stack(module, ("gate_up_proj", "gate_up_proj_bias"), True)
         self.down = Stack(module, ("down_proj", "down_proj_bias"), False)
-        if kernel.prepare is not None:
-            for stack in (self.gate_up, self.down):
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Have the kernel's own copies of the weights, of the numbers that these have now."""
+        if self.kernel.prepare is None:
+            return
+        for stack in (self.gate_up, self.down):
+            if stack.prepared_of != (found := stack.state()):
                 weight = Weight("dense", stack.rows(), stack.shape)
-                stack.stack = kernel.prepare(weight, stack.weight.dtype, gated=stack.gated)
+                stack.stack = self.kernel.prepare(weight, stack.weight.dtype, gated=stack.gated)
+                stack.prepared_of = found
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self._prepare()
         ids = top_k_index.masked_fill(
             top_k_index >= self.number, -1
         )  # transformers' word for an expert of another rank
@@ -134,7 +178,7 @@ class Experts:
             kind=self.kind,
             limit=self.limit,
         )
-        return found
+        return ends_here(found, hidden_states, top_k_weights, self.gate_up.weight)
 
 
 def kind_of(gate: Callable[[Tensor], Tensor], *, alternates: bool = False, device: torch.device) -> str | None:
