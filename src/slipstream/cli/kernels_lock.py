@@ -252,5 +252,5 @@ def _new_policy(pins: list[Pin]) -> str:
     for identity, issuer in signers:
         signed = [p.repo for p in pins if any(b.signer == identity for b in p.builds.values())]
         lines += ["", "[[signers]]", f"identity = {json.dumps(identity)}", f"issuer = {json.dumps(issuer)}"]
-        lines += [f"repos = {json.dumps([r for r in signed if r in hub])}"]
+        lines += [f"repos = {json.dumps(signed)}"]
     return "\n".join(lines) + "\n"
