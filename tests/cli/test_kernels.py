@@ -99,6 +99,22 @@ def test_nothing_is_written_without_a_yes(ready: World, slipstream: Run) -> None
     assert not (ready.work / "kernels.lock").exists()
 
 
+def test_what_comes_into_the_policy_while_somebody_reads_is_not_accepted(
+    ready: World, slipstream: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slipstream.errors import TrustError
+
+    def agreed() -> bool:
+        (ready.work / "kernels-policy.toml").write_text(ready.policy_text(repos='["*/*"]'))
+        return True
+
+    ready.publish(REPO)
+    monkeypatch.setattr("slipstream.cli.kernels_lock._agreed", agreed)
+    assert slipstream("kernels", "lock", REPO).code == 0
+    with pytest.raises(TrustError, match="kernels-policy.toml was not accepted on this machine"):
+        open_it()
+
+
 def test_what_the_policy_does_not_allow_is_not_even_looked_at(ready: World, slipstream: Run) -> None:
     ready.publish("evil/scale")
     ran = slipstream("kernels", "lock", "evil/scale", "--yes")

@@ -160,7 +160,8 @@ def test_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Policy.find().pinned("acme/k")
     from slipstream.trust import record
 
-    record.accept(Lock.parse((work / "kernels.lock").read_bytes(), work / "kernels.lock"), work / "kernels-policy.toml")
+    policy = work / "kernels-policy.toml"
+    record.accept(Lock.parse((work / "kernels.lock").read_bytes(), work / "kernels.lock"), policy, policy.read_bytes())
     assert Policy.find().pinned("acme/k").version == 1
     for name in ("kernels.lock", "kernels-policy.toml"):
         (work / name).unlink()
