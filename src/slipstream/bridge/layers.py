@@ -69,28 +69,33 @@ class MLP(_Inference):
         super().__init__()
         self.activation, self.kind = activation, kind
         self.gate_proj, self.up_proj, self.down_proj = old.gate_proj, old.up_proj, old.down_proj
-        self._joined: dict[str, tuple[Tensor, list[int]]] = {}
+        self._joined: dict[str, tuple[Tensor, tuple[int, int]]] = {}
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
-        halves = self.gate_proj, self.up_proj
-        if any(type(p) is not nn.Linear or has_hooks(p) for p in halves):  # such as an adapter that was put there since
-            both = torch.cat([p(x) for p in halves], -1)
-        else:
-            both = F.linear(x, self._both("weight"), None if halves[0].bias is None else self._both("bias"))
-        found: Tensor = self.down_proj(ends_here(self.activation(both, self.kind), x, *self.gate_proj.parameters()))
+        gate, up = self.gate_proj, self.up_proj
+        if type(gate) is nn.Linear is type(up) and not (has_hooks(gate) or has_hooks(up)):
+            both = F.linear(
+                x, self._both("weight", gate, up), None if gate.bias is None else self._both("bias", gate, up)
+            )
+        else:  # such as an adapter that was put there since
+            both = torch.cat((gate(x), up(x)), -1)
+        inner = self.activation(both, self.kind)
+        if torch.is_grad_enabled():
+            inner = ends_here(inner, x, *gate.parameters(), *up.parameters())
+        found: Tensor = self.down_proj(inner)
         return found
 
-    def _both(self, name: str) -> Tensor:
+    def _both(self, name: str, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """Of gate and up, one after the other: joined again where they have been given other numbers since."""
-        halves = [getattr(p, name) for p in (self.gate_proj, self.up_proj)]
-        both, places = self._joined.get(name, (halves[0], []))
-        if [h.data_ptr() for h in halves] != places:
+        first, second = gate._parameters[name], up._parameters[name]
+        assert first is not None and second is not None
+        both, places = self._joined.get(name, (first, (0, 0)))
+        if (first.data_ptr(), second.data_ptr()) != places:
             with torch.inference_mode(False):
-                both = torch.cat([h.data for h in halves])
-            for half, part in zip(halves, both.split([len(h) for h in halves]), strict=True):
-                half.data = part
-            self._joined[name] = both, [h.data_ptr() for h in halves]
+                both = torch.cat((first.data, second.data))
+            first.data, second.data = both.split((len(first), len(second)))
+            self._joined[name] = both, (first.data_ptr(), second.data_ptr())
         return both
 
 
