@@ -96,9 +96,14 @@ def test_bench(slipstream: Run, act: Path, tmp_path: Path) -> None:
     for wrong, why in (
         (("--shape", "inner"), "--shape"),
         (("--shape", "depth=3"), "has no depth"),
+        (("--shape", "inner=many"), "--shape: inner must be a number, got 'many'"),
+        (("--shape", "kind=relu"), "--shape: activation cannot be called with these sizes"),
         (("--batch", "0"), "batch"),
     ):
-        assert why in slipstream("kernels", "bench", "activation", *wrong).err
+        assert why in slipstream("kernels", "bench", "activation", "--device", "cpu", *wrong).err
+    for op, shape in (("attention", "heads=5"), ("moe", "format=mxfp5"), ("moe", "top_k=9"), ("rotary", "rotated=128")):
+        ran = slipstream("kernels", "bench", op, "--device", "cpu", "--shape", shape)
+        assert ran.code == 2 and f"--shape: {op} cannot be called with these sizes" in ran.err
 
 
 def test_bench_takes_the_sizes_of_a_gguf(slipstream: Run, tmp_path: Path) -> None:

@@ -43,17 +43,19 @@ def pin_from_hub(
         entries = [e for e in tree if isinstance(e, RepoFile)]
     trees: dict[str, dict[str, File]] = {}
     texts: dict[str, dict[str, bytes]] = {}
-    read: dict[str, bytes] = {}  # by its id in git: builds share most of their Python
+    small: dict[str, str] = {}  # one path for each id in git: builds share most of their Python
+    for entry in entries:
+        if why := bad_name(entry.path) or (None if entry.path.count("/") > 1 else "it belongs to no build"):
+            raise TrustError(f"{entry.path!r}: {why}")
+        if entry.lfs is None:
+            small.setdefault(entry.blob_id, entry.path)
+    fetched = download(repo, commit, list(small.values()), endpoint, scratch) if small else []
+    read = {blob: path.read_bytes() for blob, path in zip(small, fetched, strict=True)}
     for entry in entries:
         variant, _, name = entry.path.removeprefix("build/").partition("/")
-        if why := bad_name(entry.path) or (None if name else "it belongs to no build"):
-            raise TrustError(f"{entry.path!r}: {why}")
         if entry.lfs is not None:
             file = File(entry.lfs.size, entry.lfs.sha256)
         else:
-            if entry.blob_id not in read:
-                (fetched,) = download(repo, commit, [entry.path], endpoint, scratch)
-                read[entry.blob_id] = fetched.read_bytes()
             data = read[entry.blob_id]
             file = File(len(data), hashlib.sha256(data).hexdigest())
             texts.setdefault(variant, {})[name] = data
