@@ -72,6 +72,7 @@ class Crew:
             self.close()
             raise
         global _last
+        self.wires = dataclasses.replace(self.wires, check=self._others.check)
         self._others.group, self._others.peers = self.wires.tensors, self.wires.peers
         _last = weakref.ref(self._others)
         self.asked = dataclasses.replace(self.asked, device=str(device))

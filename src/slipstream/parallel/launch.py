@@ -46,7 +46,7 @@ sys.path[:] = [*sys.path[1:], *(p for p in path if p not in sys.path[1:])]
 from slipstream.engine.rank import main
 main()
 """
-LEAVING = 10.0  # seconds for a group of NCCL to end, at most
+LEAVING = 10.0  # seconds for a group to end, at most
 LINES = 8  # of a rank's log in an error
 
 
@@ -316,7 +316,8 @@ def _abort(group: dist.ProcessGroup) -> None:
 
 
 def _leave(group: dist.ProcessGroup) -> bool:
-    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now. Whether it is done."""
+    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now; gloo's waits for what still waits
+    for them. Whether it is done."""
 
     def leave() -> None:
         if nccl:
@@ -325,9 +326,6 @@ def _leave(group: dist.ProcessGroup) -> bool:
             dist.destroy_process_group()
 
     nccl = dist.get_backend(group) == "nccl"
-    if not nccl:
-        leave()
-        return True
     leaving = threading.Thread(target=leave, daemon=True)
     leaving.start()
     leaving.join(LEAVING)  # if it is not done then, a later model is refused, but nobody waits for ever
