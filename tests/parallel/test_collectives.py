@@ -66,8 +66,10 @@ def test_a_rank_that_is_gone_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatc
         work.done = len(looked) > 2
 
     config = ModelConfig.from_hf(LLAMA)
-    here = Together(Wires(check=check), config, Ranks(0, 2), share_of(config, Ranks(0, 2)))
+    wires = Wires(check=check)
+    here = Together(wires, config, Ranks(0, 2), share_of(config, Ranks(0, 2)))
     monkeypatch.setattr(collectives.dist, "all_reduce", lambda x, group, async_op: work)
     with pytest.raises(RankError, match="rank 1 was killed"):
         here.reduce(torch.ones(2, 3))
-    assert torch.equal(here.reduce(torch.ones(2, 3)), torch.ones(2, 3)) and len(looked) == 3
+    assert wires.stuck == [work]
+    assert torch.equal(here.reduce(torch.ones(2, 3)), torch.ones(2, 3)) and len(looked) == 3 and len(wires.stuck) == 1

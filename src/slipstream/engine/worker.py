@@ -74,6 +74,7 @@ class Crew:
         global _last
         self.wires = dataclasses.replace(self.wires, check=self._others.check)
         self._others.group, self._others.peers = self.wires.tensors, self.wires.peers
+        self._others.stuck = self.wires.stuck
         _last = weakref.ref(self._others)
         self.asked = dataclasses.replace(self.asked, device=str(device))
         self.check, self.lost, self.together = self._others.check, self._others.lost, self._others.together

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,7 @@ class Wires:
         peers: the ranks' memory, where they share it; else why_not may say why.
         machines: 1, or more.
         check: raises if a rank is gone, where that is known.
+        stuck: what went on waiting for one that was.
     """
 
     tensors: dist.ProcessGroup | None = None
@@ -39,6 +40,7 @@ class Wires:
     why_not: str | None = None
     machines: int = 1
     check: Callable[[], object] = lambda: None
+    stuck: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Together:
         ops: Any = None,
         exchange_from: int | None = None,
     ) -> None:
-        self.ranks, self._group, self._check = ranks, wires.tensors, wires.check
+        self.ranks, self._group, self._check, self._stuck = ranks, wires.tensors, wires.check, wires.stuck
         self._ops, self._slots = ops, None if wires.peers is None else wires.peers.slots
         self.vocab = share.vocab
         self.experts = share.experts if len(share.experts) < config.num_experts else None
@@ -155,7 +157,11 @@ class Together:
                 if work.is_completed():  # by now, or with an error of its own
                     work.wait()
                     return
-                self._check()
+                try:
+                    self._check()
+                except BaseException:
+                    self._stuck.append(work)
+                    raise
 
     def combine(self, x: Tensor, ids: Tensor) -> Tensor | Parts:  # (tokens, hidden), (tokens, top_k)
         """The sum over all ranks of what spread experts gave, on all of them. Of a token that no expert here had, x is zero.
