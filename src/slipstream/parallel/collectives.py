@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slipstream.config import ModelConfig
 from slipstream.ops.reduce import Slots
+from slipstream.ops.reduce.reference import reduce as collective
 from slipstream.parallel.peers import Peers
 from slipstream.parallel.shares import Ranks, Share, part, vocab_part
 
@@ -138,10 +139,7 @@ class Together:
         """The sum over all ranks, on all of them, or what becomes it. x may be overwritten."""
         if self._slots is not None and self._slots.take(x):
             return Parts(x, self._ops, self._slots)
-        if not self.is_silent:
-            x = x.contiguous()
-            self._speak(dist.all_reduce, x)
-        return x
+        return x if self.is_silent else collective(x, self._speak)
 
     def _speak(self, say: Callable[..., Any], *words: Any) -> None:
         """Something that all ranks say. On CPUs a rank that is gone does not keep this one waiting."""
