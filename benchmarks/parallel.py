@@ -2,8 +2,9 @@
 
 Claims: parallel.tp2.b1, parallel.tp2.b64 (decoding gpt-oss-120b), parallel.tp2.b256 and parallel.ep2.b256 (experts cut, and experts
 spread, with how even their load was), parallel.tp2.bytes.120b and .20b (the part of the weights that the fuller of two ranks holds).
-Of one card alone: gpu.fraction.120b. The baseline is one card, measured in the same run by the same code; `limit` is twice what one card allows. Two ranks and one have to
-give the same tokens for a small checkpoint before anything is timed: random weights say nothing of that.
+Of one card alone: gpu.fraction.120b. parallel.sums.b1 to b256: microseconds of a sum over both cards with the norm that follows. The
+baseline is one card, measured in the same run by the same code; `limit` is twice what one card allows. Two ranks and one have to give
+the same tokens for a small checkpoint before anything is timed: random weights say nothing of that.
 
     python benchmarks/parallel.py [--only check bytes sums 120b.one 120b.tp 120b.ep] [--seconds 235]
     python benchmarks/parallel.py --tiny --device cpu        # the same script, tried without a GPU; records nothing
@@ -26,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from gpu_load import write_tokenizer
 from gpu_speed import PACKAGES
 from gpu_weights import config, write
@@ -189,7 +191,7 @@ def report(told: dict[str, list[Told]], tiny: bool) -> bool:
     good = True
     kept: dict[str, Any] = {
         "versions": PACKAGES,
-        "machine": f"{SIZE} x {of(told.get('120b.one', []), 'machine').get('machine')}",
+        "machine": None if tiny else f"{SIZE} x {torch.cuda.get_device_name()}",
     }
 
     def write_down(claim: str, value: float, unit: str, **more: Any) -> None:
@@ -211,14 +213,21 @@ def report(told: dict[str, list[Told]], tiny: bool) -> bool:
             mark(f"bytes of {name}: {value:.3f}, at most {MOST_BYTES}", value <= MOST_BYTES)
     for line in told.get("sums", []):
         print(f"sums over {SIZE} cards: {line}", file=sys.stderr)
-        kept |= {"sums_us": line["us"], "why_no_shared_memory": line["why_not"]} if "us" in line else {}
+        for rows, us in line.get("us", {}).items():
+            if ours := us.get("shared memory, with norm"):
+                nccl = us["nccl and norm"]
+                write_down(
+                    f"parallel.sums.b{rows}", ours, "us", baseline={"NCCL, then the norm": nccl}, ratio=nccl / ours
+                )
     one, tp, ep = ({t["batch"]: t for t in told.get(f"120b.{n}", []) if "batch" in t} for n in ("one", "tp", "ep"))
     machine = of(told.get("120b.one", []), "bandwidth")
     if machine and 1 in one and not tiny:  # one card alone is a claim of its own
         rate, least = statistics.median(one[1]["runs"]), one[1]["bytes"] / machine["bandwidth"]
-        record("gpu.fraction.120b", rate * least, "of the measured bandwidth", limit=1.0, versions=PACKAGES, machine=machine["machine"],
-               choices=of(told["120b.one"], "choices")["choices"], tokens_per_second=round(rate, 1),
-               tokens_per_second_limit=round(1 / least, 1), runs=[round(r, 2) for r in one[1]["runs"]])  # fmt: skip
+        more = {"tokens_per_second": round(rate, 1), "tokens_per_second_limit": round(1 / least, 1)}
+        more["runs"] = [round(r, 2) for r in one[1]["runs"]]
+        choices = of(told["120b.one"], "choices")["choices"]
+        record("gpu.fraction.120b", rate * least, "of the measured bandwidth", limit=1.0, versions=PACKAGES,
+               machine=machine["machine"], choices=choices, **more)  # fmt: skip
     for kind, found in (("tp", tp), ("ep", ep)):
         about = of(told.get(f"120b.{kind}", []), "choices")
         for n, line in found.items():

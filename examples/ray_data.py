@@ -1,4 +1,4 @@
-"""Answers 200 prompts with two engines on a local Ray: pip install 'slipstream[ray]', then python examples/ray_data.py [MODEL]"""
+"""Answers 200 prompts with two engines on a local Ray: pip install '.[ray]', then python examples/ray_data.py [MODEL]"""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class LLM:
         from slipstream.engine.engine import Engine
         from slipstream.engine.worker import gather
 
-        crew = gather(asked, str(path))
+        crew = gather(asked, self.model_config, str(path))
         try:
             if crew is not None:
                 asked, progress = crew.asked, crew.watched(progress)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +194,96 @@ def test_what_the_kernels_cannot_follow_is_refused(tmp_path: Path) -> None:
         logits(model, tokens, position_ids=packed, use_cache=False)
     with pytest.raises(ConfigError, match="cannot be trained"):
         model.train()
+
+
+def test_gradients_are_an_error_and_not_missing_in_silence(tmp_path: Path) -> None:
+    for name in ("llama", "gpt_oss"):
+        model = make(name, tmp_path / name)
+        report = kernelize(model, "builtin")
+        loss = model(ids(1, 8)).logits.sum()
+        with pytest.raises(ConfigError, match="no derivatives"):
+            loss.backward()
+        report.undo()
+        model(ids(1, 8)).logits.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_weights_that_change_afterwards_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the copies that a kernel made for itself: MegaBlocks has its experts' matrices in another layout."""
+    pytest.importorskip("kernels")
+    from slipstream.trust import Policy
+
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(tmp_path / "home"))
+    tokens, experts = ids(2, 9), repos.publish(repos.MEGABLOCKS, tmp_path / "experts")
+    options = repos.pin(tmp_path, experts)
+    policy = Policy.find(options["kernels_lock"], options["kernels_policy"])
+    for name, kernels in (("llama", "builtin"), ("gpt_oss", {"moe": str(experts)})):
+        model, other = make(name, tmp_path / name), make(name, tmp_path / name)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.5)
+        want, plain = logits(other, tokens), logits(model, tokens)
+        kernelize(model, kernels, policy=policy)
+        assert (logits(model, tokens) - plain).abs().max() < 1e-3
+        model.load_state_dict(other.state_dict(), assign=name == "llama")
+        assert (logits(model, tokens) - want).abs().max() < 1e-3 < (want - plain).abs().max()
+    assert logits(model.to(torch.float64), tokens).dtype == torch.float64
+
+
+def test_a_projection_that_is_wrapped_afterwards_is_called(tmp_path: Path) -> None:
+    """As adapters are put in."""
+    model, tokens = make("llama", tmp_path), ids(1, 8)
+    kernelize(model, "builtin")
+
+    class Twice(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    mlp = model.model.layers[1].mlp
+    plain, old = logits(model, tokens), mlp.gate_proj
+    mlp.gate_proj = Twice(old.in_features, old.out_features, bias=False)
+    mlp.gate_proj.weight = old.weight
+    wrapped = logits(model, tokens)
+    mlp.gate_proj = old
+    old.register_forward_hook(lambda module, args, out: 2 * out)
+    assert torch.equal(logits(model, tokens), wrapped) and not torch.allclose(wrapped, plain, atol=1e-3)
+
+
+def test_a_layer_with_hooks_is_left(tmp_path: Path) -> None:
+    model, seen = make("llama", tmp_path), []
+    layer = model.model.layers[1]
+    for hooked in (layer.mlp.act_fn, layer.input_layernorm):
+        hooked.register_forward_hook(lambda module, *_: seen.append(module))
+    report = kernelize(model, "builtin")
+    left = [x.name for x in report.left if x.why == "it has hooks, which would not be called"]
+    assert left == ["model.layers.1.mlp", "model.layers.1.input_layernorm"]
+    seen.clear()
+    logits(model, ids(1, 5))
+    assert seen == [layer.input_layernorm, layer.mlp.act_fn]
+
+
+def test_a_norm_in_another_precision_is_left(tmp_path: Path) -> None:
+    model = make("llama", tmp_path).to(torch.bfloat16)
+    model.model.norm.float()
+    report = kernelize(model, "builtin")
+    (why,) = (x.why for x in report.left if x.name == "model.norm")
+    assert "bfloat16 and not" in why and "float32 as this layer does" in why
+
+
+def test_what_is_kernelized_is_copied_freed_and_not_done_twice(tmp_path: Path) -> None:
+    model, tokens = make("gpt_oss", tmp_path), ids(1, 8)
+    report = kernelize(model, "builtin")
+    want = logits(model, tokens)
+    assert torch.equal(logits(copy.deepcopy(model), tokens), want)
+    with pytest.raises(ConfigError, match=r"has been here before; call undo\(\)"):
+        kernelize(model, "builtin")
+    report.undo()
+    kernelize(model, "builtin")
+    assert torch.equal(logits(model, tokens), want)
+    experts = weakref.ref(model.model.layers[0].mlp.experts)
+    del model, report
+    gc.collect()
+    assert experts() is None
 
 
 def test_models_that_it_does_not_take(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from slipstream.checkpoint.load import load
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig
 from slipstream.engine.runner import Runner
-from slipstream.parallel import collectives
+from slipstream.parallel.collectives import Together, gather_into
 from slipstream.parallel.shares import Ranks
 from slipstream.plan import Plan, make_plan
 from tests.cli.conftest import Run
@@ -84,15 +84,16 @@ def test_collectives_are_those_of_a_step(
     for tokens, step in steps.items():
         seen: Counter[tuple[str, int]] = Counter()
 
-        def reduce(x: torch.Tensor, group: Any, seen: Counter[tuple[str, int]] = seen) -> None:
-            seen["all_reduce", x.nbytes] += 1
+        def speak(
+            _: object, say: object, x: torch.Tensor, *more: object, seen: Counter[tuple[str, int]] = seen
+        ) -> None:
+            seen["all_gather" if say is gather_into else "all_reduce", x.nbytes] += 1
+            if say is gather_into:
+                x.zero_()
+            else:
+                assert say is dist.all_reduce
 
-        def gather(parts: torch.Tensor, x: torch.Tensor, group: Any, seen: Counter[tuple[str, int]] = seen) -> None:
-            seen["all_gather", parts.nbytes] += 1
-            parts.zero_()
-
-        monkeypatch.setattr(dist, "all_reduce", reduce)
-        monkeypatch.setattr(collectives, "gather_into", gather)
+        monkeypatch.setattr(Together, "_speak", speak)
         engine = SimpleNamespace(plan=plan, engine=SimpleNamespace(runner=Runner(plan, plan.model)))
         all_logits(cast(Any, engine), [[i + 1] for i in range(tokens)])
         want: Counter[tuple[str, int]] = Counter()
@@ -129,5 +130,7 @@ def test_what_cannot_be_shared(slipstream: Run, model: str) -> None:
     ran = slipstream("explain", model, "--tensor-parallel-size", 5)
     assert ran.code == 2 and "--tensor-parallel-size: 5 ranks cannot share 4 heads" in ran.err
     ran = slipstream("explain", model, "--tensor-parallel-size", 2, "--enable-expert-parallel")
+    assert ran.code == 2 and "--enable-expert-parallel: a llama model has no experts" in ran.err
+    ran = slipstream("explain", model, "--enable-expert-parallel")
     assert ran.code == 2 and "--enable-expert-parallel: a llama model has no experts" in ran.err
     assert len(TINY) > 12

@@ -79,11 +79,40 @@ def test_without_a_policy_one_that_allows_exactly_this_is_written(world: World, 
     assert refused.code == 6 and "none of the folders" in refused.err
 
 
+def test_a_folder_of_signed_kernels_is_pinned_with_its_signer(world: World, slipstream: Run) -> None:
+    folder = world.local("signed", signed=True, gain=7)
+    (world.work / "kernels-policy.toml").write_text(world.policy_text().split("[[signers]]")[0])
+    refused = slipstream("kernels", "lock", folder, "--yes")
+    assert refused.code == 6 and f"does not list as a signer for {folder}" in refused.err
+    signers = (
+        f'[[signers]]\nrepos = ["{folder}"]\n' + world.policy_text().split("[[signers]]")[1].rpartition("repos")[0]
+    )
+    (world.work / "kernels-policy.toml").write_text(world.policy_text().split("[[signers]]")[0] + signers)
+    assert slipstream("kernels", "lock", folder, "--yes").code == 0
+    assert open_it(str(folder)).scale(2) == 14  # type: ignore[attr-defined]
+
+
 def test_nothing_is_written_without_a_yes(ready: World, slipstream: Run) -> None:
     ready.publish(REPO)
     ran = slipstream("kernels", "lock", REPO)
     assert ran.code == 6 and "--yes" in ran.err and REPO in ran.out
     assert not (ready.work / "kernels.lock").exists()
+
+
+def test_what_comes_into_the_policy_while_somebody_reads_is_not_accepted(
+    ready: World, slipstream: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slipstream.errors import TrustError
+
+    def agreed() -> bool:
+        (ready.work / "kernels-policy.toml").write_text(ready.policy_text(repos='["*/*"]'))
+        return True
+
+    ready.publish(REPO)
+    monkeypatch.setattr("slipstream.cli.kernels_lock._agreed", agreed)
+    assert slipstream("kernels", "lock", REPO).code == 0
+    with pytest.raises(TrustError, match="kernels-policy.toml was not accepted on this machine"):
+        open_it()
 
 
 def test_what_the_policy_does_not_allow_is_not_even_looked_at(ready: World, slipstream: Run) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from slipstream.checkpoint.open import open_checkpoint
 from slipstream.cli.options import parse_kernels
 from slipstream.errors import ConfigError
 from tests.cli.conftest import Run
@@ -95,6 +96,31 @@ def test_bench(slipstream: Run, act: Path, tmp_path: Path) -> None:
     for wrong, why in (
         (("--shape", "inner"), "--shape"),
         (("--shape", "depth=3"), "has no depth"),
+        (("--shape", "inner=many"), "--shape: inner must be a number, got 'many'"),
+        (("--shape", "kind=relu"), "--shape: activation cannot be called with these sizes"),
         (("--batch", "0"), "batch"),
     ):
-        assert why in slipstream("kernels", "bench", "activation", *wrong).err
+        assert why in slipstream("kernels", "bench", "activation", "--device", "cpu", *wrong).err
+    for op, shape in (("attention", "heads=5"), ("moe", "format=mxfp5"), ("moe", "top_k=9"), ("rotary", "rotated=128")):
+        ran = slipstream("kernels", "bench", op, "--device", "cpu", "--shape", shape)
+        assert ran.code == 2 and f"--shape: {op} cannot be called with these sizes" in ran.err
+
+
+def test_bench_takes_the_sizes_of_a_gguf(slipstream: Run, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from tests.checkpoint.test_gguf_names import build, to_gguf
+
+    arch, config = build("llama", tmp_path / "hf")
+    file = to_gguf(arch, config, open_checkpoint(tmp_path / "hf"), tmp_path / "m.gguf", lambda w: None)
+    words = ("--model", file, "--device", "cpu", "--dtype", "float32", "--batch", 1, "--repeats", 1, "--json")
+    assert slipstream("kernels", "bench", "norm", *words).json["shape"]["width"] == config.hidden_size
+    ran = slipstream("kernels", "bench", "moe", *words)
+    assert ran.code == 2 and "a llama model has no experts" in ran.err
+
+
+def test_what_to_do_without_a_policy_is_said(slipstream: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    for command in ("list", "verify"):
+        ran = slipstream("kernels", command)
+        assert ran.code == 6 and "`slipstream kernels lock` writes one" in ran.err

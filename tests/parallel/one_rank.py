@@ -40,9 +40,9 @@ def logits(folder: Path, ranks: Ranks, options: dict[str, Any]) -> tuple[list[to
     exchanges = []
     exchange = dist.all_to_all_single
 
-    def counted(there: torch.Tensor, sent: torch.Tensor, come: list[int], go: list[int], group: Any) -> None:
+    def counted(there: torch.Tensor, sent: torch.Tensor, come: list[int], go: list[int], **more: Any) -> Any:
         exchanges.append((come, go))
-        exchange(there, sent, come, go, group=group)
+        return exchange(there, sent, come, go, **more)
 
     dist.all_to_all_single = counted
     found = all_logits(cast(Any, SimpleNamespace(plan=plan, engine=SimpleNamespace(runner=runner))), PROMPTS)

@@ -98,8 +98,12 @@ def test_penalties_count_the_same_tokens_on_every_rank(folder: Path, ahead: bool
 def test_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot share cuda:1"):
         two(folder, device="cuda:1")
-    with pytest.raises(ConfigError, match="tensor_parallel_size: 5 ranks"):
-        LLM(folder, tensor_parallel_size=5, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Others, "start", lambda *_: pytest.fail("ranks were started for what is known before"))
+        with pytest.raises(ConfigError, match="tensor_parallel_size: 64 ranks cannot share 4 heads"):
+            LLM(folder, tensor_parallel_size=64, **OPTIONS)
+        with pytest.raises(ConfigError, match="enable_expert_parallel: a llama model has no experts"):
+            two(folder, enable_expert_parallel=True)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="3 ranks"):

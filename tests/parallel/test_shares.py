@@ -213,6 +213,22 @@ def test_90_blocks(size: int, tmp_path: Path) -> None:
     assert sum(len(laid.share(r).experts) for r, laid in enumerate(spread)) == 128
 
 
+def test_random_weights_where_only_some_layers_are_a_mixture(tmp_path: Path) -> None:
+    """A dense layer has 88 inner columns and an expert 28, under the same name: each is cut by its own width."""
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 60, "intermediate_size": 88, "moe_intermediate_size": 28, "vocab_size": 97,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 5,
+        "num_experts_per_tok": 3, "mlp_only_layers": [1], "rms_norm_eps": 1e-5, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    inside = check(open_random(tmp_path), 2, weights="random")
+    whole = check(open_random(tmp_path), 2, weights="random", enable_expert_parallel=True)
+    for found, experts in ((inside, [(5, 28, 60)] * 2), (whole, [(3, 56, 60), (2, 56, 60)])):
+        rows = [{p.to: p.cut.shape(p.shape) for p in laid.loads if p.to.endswith("gate_up.weight")} for laid in found]
+        assert [r["layers.0.mlp.gate_up.weight"] for r in rows] == experts
+        assert [r["layers.1.mlp.gate_up.weight"] for r in rows] == [(88, 60)] * 2
+
+
 LLAMA = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 1, "vocab_size": 50,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5,

@@ -6,6 +6,7 @@ Then the attempt is made on the same machine, and there must be no canary.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from slipstream.errors import TrustError
-from slipstream.trust import Build, Lock, Pin, Policy
+from slipstream.trust import Build, File, Lock, Pin, Policy
 from slipstream.trust.lock import tree_sha256
 from tests.trust.world import VARIANT, World, kernel
 
@@ -41,10 +42,17 @@ class Stage:
 
     def from_hub(self, **more: object) -> Pin:
         self.world.publish(self.repo, gain=self.gain, **more)
-        return self._control(self.world.pin(self.repo))
+        return self._control(self.pin(self.repo))
 
     def from_folder(self) -> Pin:
         return self._control(self.world.pin_local(self.world.local(self.repo.split("/")[1], gain=self.gain)))
+
+    def pin(self, repo: str) -> Pin:
+        """The entry that somebody writes who does not verify: right hashes, and no questions. test_pin.py has the other way."""
+        version, commit = next(iter(self.world.hub.branches[repo].items()))
+        sent = self.world.hub.commits[repo, commit]
+        tree = {n.split("/", 2)[2]: File(len(d), hashlib.sha256(d).hexdigest()) for n, d in sent.items()}
+        return Pin(repo, commit, int(version[1:]), {VARIANT: Build(VARIANT, tree_sha256(tree), tree)})
 
     def either(self) -> tuple[Pin, Path]:
         """A pin, and the folder that is read when it is opened."""
@@ -100,7 +108,7 @@ def unlisted(s: Stage) -> Attempt:
     )
     repo = names[s.number]
     s.world.publish(repo)
-    pin = s.world.pin(repo)
+    pin = s.pin(repo)
     return repo, lambda: s.world.policy(pin), "does not list it"
 
 
@@ -231,19 +239,8 @@ def wrong_signer(s: Stage) -> Attempt:
     by = s.world.sigstore if chosen is not None else Sigstore()
     files["metadata.json.sigstore"] = by.bundle(files["metadata.json"], **(chosen or {}))
     s.world.hub.commit(repo, {f"build/{VARIANT}/{n}": d for n, d in files.items()}, "v1")
-    theirs = pinned_by_hand(s, repo, files)
+    theirs = s.pin(repo)
     return repo, lambda: s.world.policy(pin, theirs), "is signed by" if chosen is not None else "signature is not valid"
-
-
-def pinned_by_hand(s: Stage, repo: str, files: dict[str, bytes]) -> Pin:
-    """The entry that somebody writes who does not verify: right hashes, and no questions."""
-    import hashlib
-
-    from slipstream.trust import File
-
-    tree = {n: File(len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()}
-    commit = s.world.hub.branches[repo]["v1"]
-    return Pin(repo, commit, 1, {VARIANT: Build(VARIANT, tree_sha256(tree), tree)})
 
 
 def unsigned(s: Stage) -> Attempt:
@@ -252,7 +249,7 @@ def unsigned(s: Stage) -> Attempt:
     repo = f"{s.repo}-unsigned"
     files = s.world.build(gain=s.number + 2)
     s.world.hub.commit(repo, {f"build/{VARIANT}/{n}": d for n, d in files.items()}, "v1")
-    theirs = pinned_by_hand(s, repo, files)
+    theirs = s.pin(repo)
     text = s.world.policy_text("require_signatures = true")
     return repo, lambda: s.world.policy(pin, theirs, text=text), "is not signed"
 
@@ -280,7 +277,7 @@ def broken_signature(s: Stage) -> Attempt:
         cause = f"signed are other files: {re.escape(name)}"
     repo = f"{s.repo}-broken"
     s.world.hub.commit(repo, {f"build/{VARIANT}/{n}": d for n, d in files.items()}, "v1")
-    theirs = pinned_by_hand(s, repo, files)
+    theirs = s.pin(repo)
     return repo, lambda: s.world.policy(pin, theirs), cause
 
 
@@ -346,7 +343,7 @@ def foreign_folder(s: Stage) -> Attempt:
     s.from_hub()
     repo = f"acme/brought-{s.number}"
     s.world.publish(repo, text="evil")
-    lock = Lock({repo: s.world.pin(repo)}, s.world.work / "kernels.lock")
+    lock = Lock({repo: s.pin(repo)}, s.world.work / "kernels.lock")
     config = s.world.folder / "config" / "slipstream"
     lock_at = s.world.work if s.number % 3 != 1 else config
     policy_at = s.world.work if s.number % 3 != 2 else config

@@ -60,6 +60,20 @@ def test_a_damaged_lock_is_refused_or_says_the_same(data: st.DataObject) -> None
             assert tree_sha256(build.files) == build.sha256 and not any(map(bad_name, build.files))
 
 
+def test_one_folder_written_in_two_ways_is_two_entries_for_one() -> None:
+    value = json.loads(lock().text())
+    value["kernels"]["./other/../own/k"] = value["kernels"]["./own/k"]
+    with pytest.raises(TrustError, match="says something twice.*/project/own/k"):
+        Lock.parse(json.dumps(value).encode(), HERE)
+
+
+def test_a_size_that_is_true_is_no_size() -> None:
+    files = {"a": File(True, "ab" * 32)}
+    made = Lock({"acme/k": Pin("acme/k", "0" * 40, 1, {"x": Build("x", tree_sha256(files), files)})}, HERE)
+    with pytest.raises(TrustError, match=r"not \[bytes, SHA-256\]"):
+        Lock.parse(made.text().replace("True", "true").encode(), HERE)
+
+
 def test_no_two_trees_have_one_hash() -> None:
     """Sizes and names cannot run into each other."""
     a, b = File(1, "ab" * 32), File(11, "ab" * 32)
@@ -146,7 +160,8 @@ def test_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Policy.find().pinned("acme/k")
     from slipstream.trust import record
 
-    record.accept(Lock.parse((work / "kernels.lock").read_bytes(), work / "kernels.lock"), work / "kernels-policy.toml")
+    policy = work / "kernels-policy.toml"
+    record.accept(Lock.parse((work / "kernels.lock").read_bytes(), work / "kernels.lock"), policy, policy.read_bytes())
     assert Policy.find().pinned("acme/k").version == 1
     for name in ("kernels.lock", "kernels-policy.toml"):
         (work / name).unlink()

@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_a_mirror_that_is_away_is_said_at_once(world: World) -> None:
     pin = world.pin(REPO)
     text = world.policy_text().replace(world.hub.url, "http://127.0.0.1:9")
     begun = time.monotonic()
-    with pytest.raises(TrustError, match=r"http://127.0.0.1:9 cannot be reached"):
+    with pytest.raises(TrustError, match=r"http://127.0.0.1:9 cannot be reached: .*; check the network"):
         open_kernel(REPO, world.policy(pin, text=text))
     assert time.monotonic() - begun < 10
 
@@ -149,6 +150,40 @@ def test_what_is_added_later_is_not_found(world: World) -> None:
     assert import_module(f"{found.module.__name__}.parts.gain").GAIN == 3
 
 
+def test_what_was_put_under_its_name_is_not_it(world: World) -> None:
+    world.publish(REPO, gain=3)
+    pin = world.pin(REPO)
+    name = f"_kernel_tiny_scale_{pin.builds[VARIANT].sha256[:16]}"
+    for planted in (name, f"{name}.layers"):
+        sys.modules[planted] = ModuleType(planted)
+    found = open_kernel(f"{REPO}:Doubled", world.policy(pin))
+    assert found.module.__name__ == name and found.module.scale(2) == 6 and found.layer.factor == 2
+
+
+def test_a_signed_folder_by_a_listed_signer(world: World) -> None:
+    folder = world.local(signed=True, gain=5)
+    pin = world.pin_local(folder)
+    signed_for = world.policy_text("require_signatures = true").replace('repos = ["acme/*"]\n', "repos = [{}]\n")
+    signed_for = 'repos = ["acme/*"]\n' + signed_for.split("\n", 1)[1]
+    for wrong in ('"acme/*"', '"/opt/kernels"', f'"{folder}x"'):
+        with pytest.raises(TrustError, match="does not list as a signer for"):
+            open_kernel(str(folder), world.policy(pin, text=signed_for.replace("{}", wrong)))
+    assert not world.canary.exists()
+    for right in (f'"{folder}"', f'"a/b", "{folder.parent}"'):
+        found = open_kernel(str(folder), world.policy(pin, text=signed_for.replace("{}", right)))
+        assert found.module.scale(2) == 10 and str(found.signer).startswith("https://github.com/acme/kernels/")
+
+
+def test_a_link_to_the_store_cannot_be_turned_elsewhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link lies where others can write; what it led to when it was checked is what is used."""
+    world.publish(REPO)
+    (world.folder / "open").mkdir()
+    (world.folder / "open").chmod(0o777)
+    (world.folder / "open" / "home").symlink_to(world.home)
+    monkeypatch.setenv("SLIPSTREAM_HOME", str(world.folder / "open" / "home"))
+    assert open_kernel(REPO, world.policy(world.pin(REPO))).where.is_relative_to(world.home)
+
+
 def test_machine_code_and_data(world: World) -> None:
     include = Path(sysconfig.get_path("include"))
     if shutil.which("cc") is None or not (include / "Python.h").exists():
@@ -161,8 +196,8 @@ def test_machine_code_and_data(world: World) -> None:
     )  # fmt: skip
     made = world.folder / "_ops.abi3.so"
     subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(made)], check=True, timeout=60)
-    init = b"from pathlib import Path\nfrom ._ops import forty\ntable = (Path(__file__).parent / 'table.bin').read_bytes()\n"
-    files = {"__init__.py": init, "_ops.abi3.so": made.read_bytes(), "table.bin": b"\1\2"}
+    init = b"from pathlib import Path\nfrom .native._ops import forty\ntable = (Path(__file__).parent / 'table.bin').read_bytes()\n"
+    files = {"__init__.py": init, "native/_ops.abi3.so": made.read_bytes(), "table.bin": b"\1\2"}
     world.publish(REPO, files=files)
     pin = world.pin(REPO)
     assert pin.builds[VARIANT].is_native

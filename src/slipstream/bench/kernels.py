@@ -88,6 +88,8 @@ def bench_kernels(
     """
     if op not in OPS:
         raise ConfigError(f"op: there is no {op!r}; there are {', '.join(OPS)}")
+    if op == "moe" and model is not None and not model.num_experts:
+        raise ConfigError(f"model: a {model.model_type} model has no experts; name a mixture, or its sizes (shape)")
     cases = cases_of(op)
     sizes = {**cases.SMALL, **(cases.shape_of(model) if model else {}), **(shape or {})}
     if unknown := sizes.keys() - cases.SMALL.keys():
@@ -102,6 +104,7 @@ def bench_kernels(
     case = Case(hardware.device.split(":")[0], dtype, hardware.capability, facts)
     lines = []
     with torch.cuda.device(hardware.device if gpu else -1):
+        _check_sizes(op, case, sizes)
         for line, fn in _candidates(op, names, case, lock, policy):
             tell(f"{op}: {line.name}")
             lines.append(line if fn is None else _measure(op, line, fn, case, sizes, batches, repeats))
@@ -111,6 +114,18 @@ def bench_kernels(
             f"{op}: no candidate can be timed: " + "; ".join(": ".join(r) for r in reasons), rejected=reasons
         )
     return KernelReport(op, hardware.name, hardware.device, dtype, sizes, TOLERANCE[dtype], tuple(lines))
+
+
+def _check_sizes(op: str, case: Case, sizes: Mapping[str, Any]) -> None:
+    for name, small in cases_of(op).SMALL.items():
+        if type(small) is int and type(sizes[name]) is not int:
+            raise ConfigError(f"shape: {name} must be a number, got {sizes[name]!r}")
+    try:
+        with torch.inference_mode():
+            cases_of(op).sample(case, 1, sizes).bind(home(op).IMPLS[-1].load())()
+    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as e:
+        what = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
+        raise ConfigError(f"shape: {op} cannot be called with these sizes: {what}") from e
 
 
 def _candidates(

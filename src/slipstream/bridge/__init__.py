@@ -24,7 +24,8 @@ def kernelize(model: Any, kernels: Any = "auto", *, policy: Policy | None = None
     Attention and experts go through the interfaces that transformers has for it; norms and MLPs are exchanged for layers that hold
     the same parameters under the same names. Each new layer is first held against the one whose place it takes, on random numbers,
     and a layer that gives something else is left as it is; with auto also one that would take longer (attention is not timed).
-    Nothing is computed in another precision.
+    Nothing is computed in another precision. Weights that are given anew afterwards, and adapters around a projection, are followed;
+    a layer with hooks is left, and asking for gradients is an error.
 
     Args:
         model: of transformers 5, in eval mode, whole on one device.
@@ -35,7 +36,7 @@ def kernelize(model: Any, kernels: Any = "auto", *, policy: Policy | None = None
         what became of every layer; `undo()` takes it all back.
 
     Raises:
-        ConfigError: it is no such model.
+        ConfigError: it is no such model, or this has been done to it already.
         KernelError, TrustError: a kernel that was named cannot run, or is not to be trusted.
     """
     from slipstream.bridge.kernelize import Bridge

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slipstream.batch import Batch, Context, GroupBatch
+from slipstream.bridge.layers import ends_here
 from slipstream.cache.spec import CacheGroup
 from slipstream.errors import ConfigError
 
@@ -174,9 +175,10 @@ def forward(attention: Any, *, copies: bool) -> Callable[..., tuple[Tensor, None
             q if rows is None else q[rows], keys, values, batch, batch.groups[0],
             scale=head_dim**-0.5 if scaling is None else scaling, softcap=softcap, sinks=s_aux,
         )  # fmt: skip
+        out = out.detach()
         if rows is not None:
             out = torch.zeros_like(q).index_copy_(0, rows, out)
-        return out.view(sequences, count, heads, head_dim), None
+        return ends_here(out.view(sequences, count, heads, head_dim), query, key, value), None
 
     return attention_forward
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from slipstream.bridge import attention as bridge_attention
-from slipstream.bridge.layers import MLP, Experts, Norm, kind_of
+from slipstream.bridge.layers import MLP, Experts, Norm, has_hooks, kind_of
 from slipstream.bridge.report import Layer, Report
 from slipstream.config import EngineConfig
 from slipstream.config.kernels import is_repository
@@ -23,6 +24,9 @@ from slipstream.ops.sample import TOLERANCE, Run, seconds
 from slipstream.plan import dtype_name
 from slipstream.trust import Policy
 
+NAME = "slipstream-"  # how what is registered with transformers begins
+ATTACHED = "_slipstream_experts"
+
 
 class Bridge:
     """One model on its way."""
@@ -33,6 +37,10 @@ class Bridge:
         if model.training:
             raise ConfigError(
                 "model: is in training mode, and these kernels have no derivatives; call model.eval() first"
+            )
+        if self._is_done(model):
+            raise ConfigError(
+                "model: kernelize has been here before; call undo() of the report that it gave, and then again"
             )
         devices = {p.device for p in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
@@ -47,8 +55,16 @@ class Bridge:
         self._picked: dict[str, Choice] = {}
         self._speed: dict[type, str | None] = {}
         self.report = Report([])
+        self.name = f"{NAME}{uuid4().hex[:12]}"
         self.fates: dict[str, tuple[Choice | None, str]] = {}
         self.before = list(model.named_modules())
+
+    @staticmethod
+    def _is_done(model: Any) -> bool:
+        named = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+        return named.startswith(NAME) or any(
+            isinstance(m, (Norm, MLP)) or ATTACHED in m.__dict__ for m in model.modules()
+        )
 
     def run(self) -> Report:
         try:
@@ -122,7 +138,7 @@ class Bridge:
     def _experts(self) -> None:
         wanted = ("is_concatenated", "is_transposed", "has_bias", "num_experts", "gate_up_proj", "down_proj")
         found = self._modules(lambda m: all(hasattr(m, name) for name in wanted) and getattr(m, "has_gate", False))
-        kernels: dict[int, Experts] = {}
+        kernels: list[tuple[Any, Experts]] = []
         for name, old in found:
             if old.gate_up_proj.dtype != self.dtype:
                 self.fates[name] = None, f"its weights are in {dtype_name(old.gate_up_proj.dtype)}"
@@ -148,21 +164,27 @@ class Bridge:
             ):
                 self.fates[name] = None, why
                 continue
-            kernels[id(old)] = new
+            kernels.append((old, new))
             self.fates[name] = choice, choice.reason
         if kernels:
-            self._register_experts(kernels, {id(old): type(old).forward for _, old in found})
+            self._register_experts(kernels)
 
-    def _register_experts(self, kernels: dict[int, Experts], own: dict[int, Any]) -> None:
+    def _register_experts(self, kernels: list[tuple[Any, Experts]]) -> None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        name, before = f"slipstream-{id(self.report):x}", self.model.get_experts_implementation()
+        name, before = self.name, self.model.get_experts_implementation()
+        for (
+            module,
+            kernel,
+        ) in kernels:  # there and not in the function below, so that they go, and are copied, with the model
+            module.__dict__[ATTACHED] = kernel
+            self.report._undo.append(partial(module.__dict__.pop, ATTACHED))
 
         def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            found = kernels.get(id(module))
+            found: Experts | None = module.__dict__.get(ATTACHED)
             if found is not None:
                 return found(hidden_states, top_k_index, top_k_weights)
-            plain = ALL_EXPERTS_FUNCTIONS.get_interface(str(before[""]), own[id(module)].__wrapped__)
+            plain = ALL_EXPERTS_FUNCTIONS.get_interface(str(before[""]), type(module).forward.__wrapped__)
             result: Tensor = plain(module, hidden_states, top_k_index, top_k_weights)
             return result
 
@@ -203,7 +225,7 @@ class Bridge:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        name, before = f"slipstream-{id(self.report):x}", config._attn_implementation
+        name, before = self.name, config._attn_implementation
         copies = not (choice.name.startswith("triton") or is_repository(choice.name))
         for table, fn in (
             (ALL_ATTENTION_FUNCTIONS, bridge_attention.forward(choice.fn, copies=copies)),
@@ -221,6 +243,8 @@ class Bridge:
         return made.to(self.device, self.dtype)
 
     def _differs(self, want: Tensor, got: Tensor) -> str | None:
+        if (want.shape, want.dtype) != (got.shape, got.dtype):
+            return f"the kernel gives {tuple(got.shape)} {got.dtype} and not {tuple(want.shape)} {want.dtype} as this layer does"
         error = ((want.float() - got.float()).abs().max() / want.float().abs().max().clamp(min=1e-12)).item()
         if error <= TOLERANCE[dtype_name(self.dtype)]:
             return None
@@ -241,6 +265,9 @@ class Bridge:
         """Put `new` in the place of `old`, if it gives the same."""
         if hasattr(old, "_hf_hook"):
             self.fates[name] = None, "accelerate moves its weights about"
+            return
+        if any(map(has_hooks, old.modules())):
+            self.fates[name] = None, "it has hooks, which would not be called"
             return
         want = old(x)
         try:

@@ -10,10 +10,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slipstream.errors import ConfigError
+from slipstream.ops.formats import Weight
 from slipstream.ops.moe import ExpertsKernel
 
 KINDS = ("silu", "gelu", "gelu_tanh", "swiglu_clamped")
 Activation = Callable[..., Tensor]
+
+
+class _NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ConfigError(
+            "kernelize is for inference, and its kernels have no derivatives; use report.undo() for gradients"
+        )
+
+
+def ends_here(out: Tensor, *inputs: Tensor) -> Tensor:
+    """`out`, through which asking for gradients is an error; else those of what is before it would be missing in silence."""
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        return out
+    found: Tensor = _NoDerivative.apply(out.detach(), *inputs)
+    return found
 
 
 class _Inference(nn.Module):
@@ -37,8 +58,8 @@ class Norm(_Inference):
         self.training = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        found: Tensor = self.add_norm(hidden_states, None, self.weight, self.variance_epsilon)[1]
-        return found
+        found = self.add_norm(hidden_states, None, self.weight, self.variance_epsilon)[1]
+        return ends_here(found, hidden_states, self.weight)
 
 
 class MLP(_Inference):
@@ -48,22 +69,38 @@ class MLP(_Inference):
         super().__init__()
         self.activation, self.kind = activation, kind
         self.gate_proj, self.up_proj, self.down_proj = old.gate_proj, old.up_proj, old.down_proj
-        self._weight, self._bias = _joined(self.gate_proj, self.up_proj)
+        self._joined: dict[str, tuple[Tensor, tuple[int, int]]] = {}
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.down_proj(self.activation(F.linear(x, self._weight, self._bias), self.kind))
+        gate, up = self.gate_proj, self.up_proj
+        if type(gate) is nn.Linear is type(up) and not (has_hooks(gate) or has_hooks(up)):
+            both = F.linear(
+                x, self._both("weight", gate, up), None if gate.bias is None else self._both("bias", gate, up)
+            )
+        else:  # such as an adapter that was put there since
+            both = torch.cat((gate(x), up(x)), -1)
+        inner = self.activation(both, self.kind)
+        if torch.is_grad_enabled():
+            inner = ends_here(inner, x, *gate.parameters(), *up.parameters())
+        found: Tensor = self.down_proj(inner)
         return found
 
-
-def _joined(gate: nn.Linear, up: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    def one(first: Tensor, second: Tensor) -> Tensor:
-        both = torch.cat((first.data, second.data))
-        first.data, second.data = both.split((len(first), len(second)))
+    def _both(self, name: str, gate: nn.Linear, up: nn.Linear) -> Tensor:
+        """Of gate and up, one after the other: joined again where they have been given other numbers since."""
+        first, second = gate._parameters[name], up._parameters[name]
+        assert first is not None and second is not None
+        both, places = self._joined.get(name, (first, (0, 0)))
+        if (first.data_ptr(), second.data_ptr()) != places:
+            with torch.inference_mode(False):
+                both = torch.cat((first.data, second.data))
+            first.data, second.data = both.split((len(first), len(second)))
+            self._joined[name] = both, (first.data_ptr(), second.data_ptr())
         return both
 
-    bias = None if gate.bias is None or up.bias is None else one(gate.bias, up.bias)
-    return one(gate.weight, up.weight), bias
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class Stack:
@@ -80,6 +117,12 @@ class Stack:
         number, rows, width = self.weight.shape
         self.shape = (number, width, rows) if self.turned else (number, rows, width)
         self.stack: tuple[Any, ...] = ()
+        self.prepared_of: tuple[int, int] | None = None
+
+    def state(self) -> tuple[int, int]:
+        """Another one when the numbers have changed."""
+        weight = self.weight
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
     @property
     def weight(self) -> Tensor:
@@ -109,18 +152,24 @@ class Experts:
     """What a module of experts calls through transformers' ExpertsInterface."""
 
     def __init__(self, kernel: ExpertsKernel, module: Any, activation: Activation, kind: str) -> None:
-        from slipstream.ops.formats import Weight
-
         self.kernel, self.activation, self.kind = kernel, activation, kind
         self.number, self.limit = module.num_experts, float(getattr(module, "limit", 7.0))
         self.gate_up = Stack(module, ("gate_up_proj", "gate_up_proj_bias"), True)
         self.down = Stack(module, ("down_proj", "down_proj_bias"), False)
-        if kernel.prepare is not None:
-            for stack in (self.gate_up, self.down):
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Have the kernel's own copies of the weights, of the numbers that these have now."""
+        if self.kernel.prepare is None:
+            return
+        for stack in (self.gate_up, self.down):
+            if stack.prepared_of != (found := stack.state()):
                 weight = Weight("dense", stack.rows(), stack.shape)
-                stack.stack = kernel.prepare(weight, stack.weight.dtype, gated=stack.gated)
+                stack.stack = self.kernel.prepare(weight, stack.weight.dtype, gated=stack.gated)
+                stack.prepared_of = found
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self._prepare()
         ids = top_k_index.masked_fill(
             top_k_index >= self.number, -1
         )  # transformers' word for an expert of another rank
@@ -134,7 +183,7 @@ class Experts:
             kind=self.kind,
             limit=self.limit,
         )
-        return found
+        return ends_here(found, hidden_states, top_k_weights, self.gate_up.weight)
 
 
 def kind_of(gate: Callable[[Tensor], Tensor], *, alternates: bool = False, device: torch.device) -> str | None:

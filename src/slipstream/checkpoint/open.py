@@ -103,7 +103,9 @@ def open_random(path: Path, seed: int = 0) -> Checkpoint:
         CheckpointError: there is no config.json, or it is damaged.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: random weights take their shapes from a folder with a config.json")
+        raise CheckpointError(
+            f"{path}: random weights take their shapes from a folder with a config.json; leave weights='random' out to read this"
+        )
     folder = path.resolve()
     has_generation = (folder / "generation_config.json").is_file()
     generation = read_object(member(folder, "generation_config.json")) if has_generation else {}

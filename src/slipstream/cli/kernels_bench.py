@@ -82,11 +82,13 @@ def bench(
 
 
 def _config(model: str) -> ModelConfig:
-    from slipstream.checkpoint.open import open_random
+    from slipstream.checkpoint.open import open_checkpoint, open_random
     from slipstream.config import ModelConfig
     from slipstream.sources import resolve
 
-    return ModelConfig.from_hf(open_random(resolve(model, weights=False)).config)
+    path = resolve(model, weights=False)
+    has_config = (path / "config.json").is_file()  # which is enough; a GGUF has it in its header
+    return ModelConfig.from_hf((open_random(path) if has_config else open_checkpoint(path)).config)
 
 
 def _sizes(words: list[str]) -> dict[str, Any]:

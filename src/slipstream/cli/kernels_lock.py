@@ -64,18 +64,18 @@ def lock(
     before = dict(pins)
     fresh = _resolved(repos or ())
     # What nobody here has agreed to is shown with it, as one answer accepts the whole file.
-    asked = fresh + ([] if fresh and files.is_accepted(files.lock_path) else list(pins))
+    asked = fresh + ([] if fresh and files.lock_is_accepted() else list(pins))
     if not asked:
         raise TrustError(f"{files.lock_path} pins nothing yet; name what to pin: slipstream kernels lock org/repo")
     for pin in _pins(asked, pins, rules, dict.fromkeys(fresh, (version, revision))):
         pins[pin.repo] = pin
-        fetched[pin.repo] = _fetch(pin, rules, new_policy=not files.policy_path.exists())
+        fetched[pin.repo] = _fetch(pin, rules, new_policy=files.policy is None)
     made = Lock(pins, files.lock_path)
     Lock.parse(made.text().encode(), files.lock_path)  # what could not be read again is not written
     shown = [
         described(pins[r], b) | {"review": str(fetched[r] or "")} for r in fetched for b in pins[r].builds.values()
     ]
-    text = None if files.policy_path.exists() else _new_policy([pins[r] for r in fetched])
+    text = None if files.policy is not None else _new_policy([pins[r] for r in fetched])
     if not as_json:
         _show(shown, [pins[r] for r in fetched], before, files, text)
     if not yes and not _agreed():
@@ -84,7 +84,8 @@ def lock(
     if text is not None:
         write_atomically(files.policy_path, text)
     write_atomically(files.lock_path, made.text())
-    record.accept(made, files.policy_path)
+    # What was shown, and not what may have come into the file while somebody read.
+    record.accept(made, files.policy_path, text.encode() if text is not None else files.policy or b"")
     if as_json:
         print_json({"lock": files.lock_path, "policy": files.policy_path, "new_policy": text, "kernels": shown})
     else:
@@ -113,6 +114,7 @@ class _Files:
 
     lock_path: Path
     policy_path: Path
+    policy: bytes | None  # as it was when this began
 
     @classmethod
     def of(cls, lock: str | None, policy: str | None) -> _Files:
@@ -124,13 +126,13 @@ class _Files:
             here, users = Path.cwd() / name, config_root() / name
             default = users if users.exists() and not here.exists() else here
             paths.append(Path(named).expanduser().absolute() if named else default)
-        return cls(*paths)
+        lock_path, policy_path = paths
+        return cls(lock_path, policy_path, policy_path.read_bytes() if policy_path.exists() else None)
 
-    @staticmethod
-    def is_accepted(path: Path) -> bool:
+    def lock_is_accepted(self) -> bool:
         from slipstream.trust import record
 
-        return not path.exists() or record.is_accepted(path, path.read_bytes())
+        return not self.lock_path.exists() or record.is_accepted(self.lock_path, self.lock_path.read_bytes())
 
     def lock(self) -> Lock:
         from slipstream.trust import Lock
@@ -144,8 +146,8 @@ class _Files:
         from slipstream.trust import Policy
         from slipstream.trust.lock import is_repo
 
-        if self.policy_path.exists():
-            return Policy.parse(self.policy_path.read_bytes(), self.policy_path)
+        if self.policy is not None:
+            return Policy.parse(self.policy, self.policy_path)
         names = _resolved(repos)
         folders = tuple(Path(n) for n in names if not is_repo(n))
         return Policy(repos=("*/*",), hub=True, folders=folders, path=self.policy_path)
@@ -173,7 +175,7 @@ def _pins(
             continue
         seen.add(repo)
         if not is_repo(repo) and not Path(repo).is_dir():
-            raise TrustError(f"{repo} is no folder, and a repository of the Hub is written org/name")
+            raise TrustError(f"{repo} is no folder, and a repository of the Hub is written org/name; check the path")
         if why := rules.allows(repo):
             raise TrustError(f"{repo}: {why}. Whoever is responsible for that file must list it there first")
         try:
@@ -217,6 +219,8 @@ def _fetch(pin: Pin, rules: Policy, *, new_policy: bool) -> Path | None:
 def _show(
     shown: list[dict[str, Any]], pins: list[Pin], before: dict[str, Pin], files: _Files, text: str | None
 ) -> None:
+    from slipstream.trust import record
+
     print_tables([Table(f"To be pinned in {files.lock_path}", [row(f) for f in shown], COLUMNS)])
     for pin in pins:
         old = before.get(pin.repo)
@@ -228,8 +232,8 @@ def _show(
         note(f"to read before you agree: {path}")
     for repo in sorted({f["repo"] for f in shown if not f["review"]}):
         note(f"{repo} has no build for this machine")
-    if text is None and not files.is_accepted(files.policy_path):
-        note(f"{files.policy_path} will be accepted as it is:\n{files.policy_path.read_text()}")
+    if files.policy is not None and not record.is_accepted(files.policy_path, files.policy):
+        note(f"{files.policy_path} will be accepted as it is:\n{files.policy.decode()}")
     if text is not None:
         note(f"there is no policy yet; {files.policy_path} will be:\n{text}")
 
@@ -252,5 +256,5 @@ def _new_policy(pins: list[Pin]) -> str:
     for identity, issuer in signers:
         signed = [p.repo for p in pins if any(b.signer == identity for b in p.builds.values())]
         lines += ["", "[[signers]]", f"identity = {json.dumps(identity)}", f"issuer = {json.dumps(issuer)}"]
-        lines += [f"repos = {json.dumps([r for r in signed if r in hub])}"]
+        lines += [f"repos = {json.dumps(signed)}"]
     return "\n".join(lines) + "\n"

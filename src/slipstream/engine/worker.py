@@ -22,14 +22,14 @@ import torch.distributed as dist
 
 from slipstream.checkpoint.load import load
 from slipstream.checkpoint.open import Checkpoint, open_checkpoint, open_random
-from slipstream.config import EngineConfig
+from slipstream.config import EngineConfig, ModelConfig
 from slipstream.engine.runner import Flight, Runner, StepResult
 from slipstream.errors import ConfigError
 from slipstream.parallel.connect import connect
 from slipstream.parallel.launch import Others
 from slipstream.parallel.launcher import find_front, launchers_store, one_machine, place, refuse_other_size
 from slipstream.parallel.link import Link
-from slipstream.parallel.shares import Ranks
+from slipstream.parallel.shares import Ranks, share_of
 from slipstream.parallel.steps import receive, send
 from slipstream.plan import Plan, make_plan
 from slipstream.request import UNKNOWN, Step
@@ -72,7 +72,9 @@ class Crew:
             self.close()
             raise
         global _last
+        self.wires = dataclasses.replace(self.wires, check=self._others.check)
         self._others.group, self._others.peers = self.wires.tensors, self.wires.peers
+        self._others.stuck = self.wires.stuck
         _last = weakref.ref(self._others)
         self.asked = dataclasses.replace(self.asked, device=str(device))
         self.check, self.lost, self.together = self._others.check, self._others.lost, self._others.together
@@ -267,10 +269,13 @@ def _serve(link: Link, said: dict[str, Any]) -> None:
         before = flight if flight.plain else None  # else rank 0 alone chooses, and the next step has its tokens
 
 
-def gather(asked: EngineConfig, model: str) -> Crew | None:
+def gather(asked: EngineConfig, config: ModelConfig, model: str) -> Crew | None:
     """The ranks that are to share a model; None: this process alone has it.
 
     Where a launcher has made this process another rank than the first, it serves that one and then ends: nothing comes back.
+
+    Raises:
+        ConfigError: there is less of something than ranks, which is known before any is started; or as Crew says.
     """
     if asked.tensor_parallel_size == 1:
         return None
@@ -279,6 +284,7 @@ def gather(asked: EngineConfig, model: str) -> Crew | None:
         refuse_other_size(asked.tensor_parallel_size)
         attend()
         raise SystemExit(0)
+    share_of(config, Ranks(0, asked.tensor_parallel_size), spread=asked.enable_expert_parallel)
     return Crew(asked, model)
 
 

@@ -119,7 +119,8 @@ def build_for(pin: Pin, device: str) -> Build:
 
 
 def store() -> Store:
-    return Store(cache_root() / "kernels")
+    """With no link on the way to it, which somebody could turn elsewhere after a check."""
+    return Store((cache_root() / "kernels").resolve())
 
 
 def verified(pin: Pin, build: Build, policy: Policy) -> tuple[Path, dict[str, bytes], str | None]:

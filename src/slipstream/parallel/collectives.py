@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from slipstream.ops.reduce.reference import reduce as collective
 from slipstream.parallel.peers import Peers
 from slipstream.parallel.shares import Ranks, Share, part, vocab_part
 
+LOOK = timedelta(seconds=3)  # gloo sometimes waits on for a rank that is gone: how often that is looked up
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name
 
 
@@ -30,6 +32,8 @@ class Wires:
         words: for what is said between steps.
         peers: the ranks' memory, where they share it; else why_not may say why.
         machines: 1, or more.
+        check: raises if a rank is gone, where that is known.
+        stuck: what went on waiting for one that was.
     """
 
     tensors: dist.ProcessGroup | None = None
@@ -37,6 +41,8 @@ class Wires:
     peers: Peers | None = None
     why_not: str | None = None
     machines: int = 1
+    check: Callable[[], object] = lambda: None
+    stuck: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +116,7 @@ class Together:
         ops: Any = None,
         exchange_from: int | None = None,
     ) -> None:
-        self.ranks, self._group = ranks, wires.tensors
+        self.ranks, self._group, self._check, self._stuck = ranks, wires.tensors, wires.check, wires.stuck
         self._ops, self._slots = ops, None if wires.peers is None else wires.peers.slots
         self.vocab = share.vocab
         self.experts = share.experts if len(share.experts) < config.num_experts else None
@@ -137,7 +143,27 @@ class Together:
         """The sum over all ranks, on all of them, or what becomes it. x may be overwritten."""
         if self._slots is not None and self._slots.take(x):
             return Parts(x, self._ops, self._slots)
-        return whole(x) if self.is_silent else collective(whole(x), self._group)
+        return whole(x) if self.is_silent else collective(whole(x), self._speak)
+
+    def _speak(self, say: Callable[..., Any], *words: Any) -> None:
+        """Something that all ranks say. On CPUs a rank that is gone does not keep this one waiting."""
+        if words[0].is_cuda:
+            say(*words, group=self._group)
+            return
+        work = say(*words, group=self._group, async_op=True)
+        while True:
+            try:
+                work.wait(LOOK)
+                return
+            except RuntimeError:
+                if work.is_completed():  # by now, or with an error of its own
+                    work.wait()
+                    return
+                try:
+                    self._check()
+                except BaseException:
+                    self._stuck.append(work)
+                    raise
 
     def combine(self, x: Tensor | Pairs, ids: Tensor) -> Delta:  # (tokens, hidden), (tokens, top_k)
         """The sum over all ranks of what spread experts gave, on all of them. Of a token that no expert here had, x is zero.
@@ -156,12 +182,12 @@ class Together:
         counts = had.sum(1).tolist()  # all ranks know all of them, as each knows the router's choice
         come, go = counts[rank], [row[rank] for row in counts]
         there = x.new_empty(sum(come), x.shape[1])
-        dist.all_to_all_single(there, x[had[:, :, rank].reshape(-1)[:tokens]], come, go, group=self._group)
+        self._speak(dist.all_to_all_single, there, x[had[:, :, rank].reshape(-1)[:tokens]], come, go)
         total = torch.zeros(each, x.shape[1], device=x.device)
         for rows, which in zip(there.split(come), had[rank].unbind(1), strict=True):  # in the order of the ranks
             total[which] += rows.float()
         out = x.new_empty(size * each, x.shape[1])
-        gather_into(out, total.to(x.dtype), group=self._group)
+        self._speak(gather_into, out, total.to(x.dtype))
         return out[:tokens]
 
     def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:  # (rows, own vocabulary) -> (rows, vocabulary)
@@ -175,7 +201,7 @@ class Together:
         straight = rows == 1 and len(set(self._widths)) == 1 and out.dtype == x.dtype
         parts = (out if straight else x.new_empty(rows * len(self._widths), most)).view(len(self._widths), rows, most)
         if not self.is_silent:
-            gather_into(parts.view(len(self._widths) * rows, most), x.contiguous(), group=self._group)
+            self._speak(gather_into, parts.view(len(self._widths) * rows, most), x.contiguous())
         for theirs, columns in zip(() if straight else parts, out.split(self._widths, 1), strict=not straight):
             columns.copy_(theirs[:, : columns.shape[1]])
         return out

@@ -9,6 +9,7 @@ ends all of them; the error names it and has the last lines that it wrote, where
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
@@ -46,7 +47,7 @@ sys.path[:] = [*sys.path[1:], *(p for p in path if p not in sys.path[1:])]
 from slipstream.engine.rank import main
 main()
 """
-LEAVING = 10.0  # seconds for a group of NCCL to end, at most
+LEAVING = 10.0  # seconds for a group to end, at most
 LINES = 8  # of a rank's log in an error
 
 
@@ -104,6 +105,7 @@ class Others:
             None
         )  # of what holds the group: NCCL waits for the graphs that have it in them
         self.peers: Peers | None = None
+        self.stuck: list[Any] = []  # what waits for a rank that is gone, and cannot be told
         self.ranks: list[_Rank] = []
         self._size, self._waiting, self._joined = size, 0, False
         self._owner = os.getpid()
@@ -303,7 +305,9 @@ class Others:
         self.let_go()
         left = True
         if self.group is not None and dist.is_initialized() and dist.group.WORLD is self.group:
-            left = _leave(self.group)
+            left = not self.stuck and _leave(self.group)
+            if self.stuck:  # the end of a group waits for it, so this one is there as long as the process
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
         if self.peers is not None and left:
             with contextlib.suppress(KernelError, RuntimeError):  # RuntimeError: the card is lost
                 self.peers.free()
@@ -316,7 +320,8 @@ def _abort(group: dist.ProcessGroup) -> None:
 
 
 def _leave(group: dist.ProcessGroup) -> bool:
-    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now. Whether it is done."""
+    """NCCL's way of leaving in order wants all ranks to do it, and the others are gone by now; gloo's waits for what still waits
+    for them. Whether it is done."""
 
     def leave() -> None:
         if nccl:
@@ -325,9 +330,6 @@ def _leave(group: dist.ProcessGroup) -> bool:
             dist.destroy_process_group()
 
     nccl = dist.get_backend(group) == "nccl"
-    if not nccl:
-        leave()
-        return True
     leaving = threading.Thread(target=leave, daemon=True)
     leaving.start()
     leaving.join(LEAVING)  # if it is not done then, a later model is refused, but nobody waits for ever

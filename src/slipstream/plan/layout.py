@@ -127,6 +127,7 @@ def lay_out(
             if have != want:
                 raise AssertionError(f"{item.to}: {have} of {item.shape} is here, and the layer has {want}")
     elif asked.enable_expert_parallel:
+        share_of(config, ranks, spread=True)  # refuses a model without experts, as it does for more ranks
         why["enable_expert_parallel"] = "asked for, but one rank has all experts anyway"
     choices += linear_choices(asked, loads, hardware, dtype)
     choices += experts_choice(asked, model, ops, loads, hardware, dtype, known)

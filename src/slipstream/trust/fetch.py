@@ -43,17 +43,19 @@ def pin_from_hub(
         entries = [e for e in tree if isinstance(e, RepoFile)]
     trees: dict[str, dict[str, File]] = {}
     texts: dict[str, dict[str, bytes]] = {}
-    read: dict[str, bytes] = {}  # by its id in git: builds share most of their Python
+    small: dict[str, str] = {}  # one path for each id in git: builds share most of their Python
+    for entry in entries:
+        if why := bad_name(entry.path) or (None if entry.path.count("/") > 1 else "it belongs to no build"):
+            raise TrustError(f"{entry.path!r}: {why}")
+        if entry.lfs is None:
+            small.setdefault(entry.blob_id, entry.path)
+    fetched = download(repo, commit, list(small.values()), endpoint, scratch) if small else []
+    read = {blob: path.read_bytes() for blob, path in zip(small, fetched, strict=True)}
     for entry in entries:
         variant, _, name = entry.path.removeprefix("build/").partition("/")
-        if why := bad_name(entry.path) or (None if name else "it belongs to no build"):
-            raise TrustError(f"{entry.path!r}: {why}")
         if entry.lfs is not None:
             file = File(entry.lfs.size, entry.lfs.sha256)
         else:
-            if entry.blob_id not in read:
-                (fetched,) = download(repo, commit, [entry.path], endpoint, scratch)
-                read[entry.blob_id] = fetched.read_bytes()
             data = read[entry.blob_id]
             file = File(len(data), hashlib.sha256(data).hexdigest())
             texts.setdefault(variant, {})[name] = data
@@ -77,7 +79,9 @@ def pin_folder(path: Path, root: Path | None, hash_tree: Callable[[Path], dict[s
         texts[folder.name] = {n: (folder / n).read_bytes() for n in (METADATA, BUNDLE) if n in files}
         builds[folder.name] = _build(folder.name, files, texts[folder.name], root)
     if not builds:
-        raise TrustError(f"{path} has no build/<variant>/{METADATA}, so it is not a kernel repository")
+        raise TrustError(
+            f"it has no build/<variant>/{METADATA}, so it is not a kernel repository; docs/security.md makes a small one"
+        )
     version, depends = _stated(texts)
     return Pin(str(path), None, version, builds, depends)
 
@@ -195,7 +199,10 @@ def _check_online(endpoint: str, what: str) -> None:
     try:
         get_session().head(endpoint, timeout=_TIMEOUT)
     except (httpx.HTTPError, httpx.InvalidURL) as e:
-        raise TrustError(f"{what}, and {endpoint} cannot be reached: {e}") from e
+        raise TrustError(
+            f"{what}, and {endpoint} cannot be reached: {e}; check the network, name a mirror in the policy (endpoint), or "
+            "pin a local folder with `slipstream kernels lock FOLDER`"
+        ) from e
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class VerifiedPackage(MetaPathFinder):
             if file in self.others:
                 where = str(self.folder / file)
                 return spec_from_file_location(fullname, where, loader=ExtensionFileLoader(fullname, where))
-        if any(f.startswith(f"{base}/") for f in self.sources):
+        if any(f.startswith(f"{base}/") for f in (*self.sources, *self.others)):
             spec = ModuleSpec(fullname, None, is_package=True)
             spec.submodule_search_locations = [str(self.folder / base)]
             return spec
@@ -78,6 +78,8 @@ def packages() -> list[VerifiedPackage]:
 
 def import_verified(package: VerifiedPackage) -> ModuleType:
     """Import it. If that fails, nothing of it stays."""
+    if all(other.name != package.name for other in packages()):
+        forget(package)  # what somebody put under its name is not it
     sys.meta_path.insert(0, package)
     try:
         return importlib.import_module(package.name)

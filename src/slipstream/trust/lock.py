@@ -90,10 +90,11 @@ class Lock:
                     f'does not say "format": {_FORMAT}; it may be of another program or a later slipstream'
                 )
             pins = [_pin(repo, entry, path.parent) for repo, entry in value["kernels"].items()]
+            found = _once([(pin.repo, pin) for pin in pins])  # a folder can be written in several ways
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             what = f"has no {e}" if isinstance(e, KeyError) else str(e)
             raise TrustError(f"{path}: {what}; make it again with: slipstream kernels lock org/repo") from e
-        return cls({pin.repo: pin for pin in pins}, path)
+        return cls(found, path)
 
     def text(self) -> str:
         """The file's content. A folder below that of the lock is written relative to it, so that a project can move."""
@@ -202,7 +203,7 @@ def _build(repo: str, variant: str, entry: dict[str, Any]) -> Build:
     for name, (size, digest) in entry["files"].items():
         if why := bad_name(name):
             raise ValueError(f"{what}: {name!r}: {why}")
-        if not isinstance(size, int) or size < 0 or not _SHA256.fullmatch(digest):
+        if type(size) is not int or size < 0 or not _SHA256.fullmatch(digest):
             raise ValueError(f"{what}: {name}: not [bytes, SHA-256]: {[size, digest]}")
         files[name] = File(size, digest)
     if not files:

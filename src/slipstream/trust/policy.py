@@ -12,7 +12,7 @@ from slipstream.config.paths import config_root
 from slipstream.errors import TrustError
 from slipstream.trust import record
 from slipstream.trust.lock import Lock, Pin, is_repo
-from slipstream.trust.signature import Signer, matches
+from slipstream.trust.signature import ANY, Signer, matches
 
 LOCK = "kernels.lock"
 POLICY = "kernels-policy.toml"
@@ -59,7 +59,8 @@ class Policy:
         """
         (lock_path, lock_data, why_lock), (path, data, why) = _read(LOCK, lock), _read(POLICY, policy)
         if data is None or path is None or why:
-            return cls(denied=why or f"there is no {POLICY}, and without one no code from elsewhere is run")
+            nothing = f"there is no {POLICY}, and without one no code from elsewhere is run; `slipstream kernels lock` writes one"
+            return cls(denied=why or nothing)
         allowed = cls.parse(data, path)
         if lock_data is None or lock_path is None or why_lock:
             return allowed.with_lock(Lock({}), {}, why_lock)
@@ -208,9 +209,10 @@ def _signer(value: dict[str, Any]) -> Signer:
     for name in ("identity", "issuer"):
         if not isinstance(value.get(name), str):
             raise ValueError(f"signers: each needs {name}, as text")
-    repos = _texts(value, "repos", ["*/*"])
+    repos = _texts(value, "repos", list(ANY))
     for pattern in repos:
-        _check_pattern(pattern)
+        if not pattern.startswith("/"):
+            _check_pattern(pattern)
     repository = value.get("repository")
     if repository is not None and not isinstance(repository, str):
         raise ValueError(f"signers: repository must be text, got {repository!r}")

@@ -30,13 +30,12 @@ def versions(lock: Path) -> dict[str, int]:
     return dict(_read()["versions"].get(str(lock.resolve()), {}))
 
 
-def accept(lock: Lock, policy: Path | None) -> None:
-    """Record both as they are on the disk now."""
+def accept(lock: Lock, policy: Path, text: bytes) -> None:
+    """Record both as they were agreed to: the lock as it is written, and this text of the policy."""
     assert lock.path is not None
     known = _read()
-    for path in (lock.path, policy):
-        if path is not None:
-            known["files"][str(path.resolve())] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path, data in ((lock.path, lock.text().encode()), (policy, text)):
+        known["files"][str(path.resolve())] = hashlib.sha256(data).hexdigest()
     known["versions"][str(lock.path.resolve())] = {
         p.repo: p.version for p in lock.pins.values() if p.version is not None
     }

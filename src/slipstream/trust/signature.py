@@ -25,6 +25,9 @@ _ISSUER = "1.3.6.1.4.1.57264.1.1"  # Sigstore's extension of a certificate
 _ROOT = "https%3A%2F%2Ftuf-repo-cdn.sigstore.dev/trusted_root.json"
 
 
+ANY = ("*/*", "/")  # whatever the policy allows
+
+
 @dataclass(frozen=True, slots=True)
 class Signer:
     """Whose signature counts.
@@ -33,17 +36,19 @@ class Signer:
         identity: what the certificate was issued to: a workflow's URI or an e-mail address.
         issuer: who checked that identity.
         repository: from which source repository the workflow must have run.
-        repos: patterns of the repositories on the Hub that it may sign for.
+        repos: patterns of the repositories on the Hub that it may sign for, and folders below which it may for local ones.
     """
 
     identity: str
     issuer: str
     repository: str | None = None
-    repos: tuple[str, ...] = ("*/*",)
+    repos: tuple[str, ...] = ANY
 
 
 def matches(pattern: str, repo: str) -> bool:
-    """`org/*` is every repository of org. A star never reaches over the slash."""
+    """`org/*` is every repository of org. A star never reaches over the slash. A path is a folder and all that lies below it."""
+    if pattern.startswith("/"):
+        return Path(repo).is_relative_to(pattern)
     parts, names = pattern.split("/"), repo.split("/")
     return len(parts) == len(names) == 2 and all(map(fnmatchcase, names, parts))
 

@@ -1,6 +1,6 @@
 """The sum over ranks, alone or with the residual and the norm that follow it.
 
-    reduce(x, group) -> like x                              the sum of what ranks have
+    reduce(x, speak) -> like x                              the sum of what ranks have; speak(say, *words) has them all say something
     reduce(x, slots) -> like x                              the same through memory that all see
     reduce_norm(part, x, weight, eps, slots)                add_norm(x, reduce(part, slots), weight, eps)
 
