@@ -37,8 +37,9 @@ DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16])
 
 @DTYPES
 @pytest.mark.parametrize(("rows", "width"), [(1, 2880), (67, 2880), (300, 4097), (3, 65536), (5, 33)])
-def test_add_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    assert cases.add_norm(dtype, "cuda", rows, width) < ROUNDED[dtype]
+@pytest.mark.parametrize("held", [None, F32], ids=["", "onto float32"])
+def test_add_norm(held: torch.dtype | None, rows: int, width: int, dtype: torch.dtype) -> None:
+    assert cases.add_norm(dtype, "cuda", rows, width, held) < ROUNDED[dtype]
 
 
 @DTYPES

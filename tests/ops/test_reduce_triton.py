@@ -110,15 +110,16 @@ def test_it_is_the_sum_and_its_norm(name: str, found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "sum"])
 @pytest.mark.parametrize("ranks", [2, 8])
 @pytest.mark.parametrize("left", [False, True], ids=["whole", "left"])
+@pytest.mark.parametrize("wide", [False, True], ids=["", "onto float32"])
 def test_it_compiles_for_hopper(
-    left: bool, ranks: int, norm: bool, halves: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    wide: bool, left: bool, ranks: int, norm: bool, halves: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if left and not norm:
-        pytest.skip("a sum with no norm is of what has been added")
+    if (left or wide) and not norm:
+        pytest.skip("a sum with no norm is of what has been added, and is added to nothing")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants: dict[str, Any] = {
         "RANK": 1, "RANKS": ranks, "HALVES": halves, "ROWS": ROWS, "MOST": WORDS, "SIZE": 2048, "CHAIN": True,
@@ -128,6 +129,7 @@ def test_it_compiles_for_hopper(
     types = {
         "table": "*i64",
         "weight": "*bf16" if halves else "*fp32",
+        **({"x": "*fp32", "total": "*fp32"} if wide or not halves else {}),
         "eps": "fp32",
         "sums": "*fp32",
         "shares": "*fp32",

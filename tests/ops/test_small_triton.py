@@ -68,17 +68,23 @@ def off(mine: Tensor, want: Tensor) -> float:
     return ((mine.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
 
-def add_norm(dtype: torch.dtype = F32, device: str = "cpu", rows: int = 7, width: int = 60) -> float:
-    """The sum is exactly that of torch."""
+def add_norm(
+    dtype: torch.dtype = F32, device: str = "cpu", rows: int = 7, width: int = 60, held: torch.dtype | None = None
+) -> float:
+    """The sum is exactly that of torch. `held`: dtype of the sum, where the norm has another."""
     torch.manual_seed(rows)
-    x, delta = (inside_nan((3 * torch.randn(rows, width)).to(device, dtype)) for _ in range(2))
+    x, delta = (inside_nan((3 * torch.randn(rows, width)).to(device, d)) for d in (held or dtype, dtype))
     weight = torch.rand(width).to(device, dtype if width % 2 == 0 else F32)
-    total, found = triton_norm(x, delta, weight, 0.1)
-    assert torch.equal(total, x + delta) and found.dtype == dtype
-    both = torch.cat((x, delta), 1)
-    assert torch.equal(alone(lambda t: triton_norm(t[:, :width], t[:, width:], weight, 0.1)[1], both), found)
-    assert torch.equal(triton_norm(total, None, weight, 0.1)[1], found)
+    total, found = triton_norm(x, delta, weight, 0.1, dtype)
+    assert torch.equal(total, x + delta) and total.dtype == x.dtype and found.dtype == dtype
+    both = torch.cat((x, delta.to(x.dtype)), 1)
+    assert torch.equal(alone(lambda t: triton_norm(t[:, :width], t[:, width:], weight, 0.1, dtype)[1], both), found)
+    assert torch.equal(triton_norm(total, None, weight, 0.1, dtype)[1], found)
     return off(found, norm_reference(total.double(), None, weight.double(), 0.1)[1])
+
+
+def add_to_wide() -> None:
+    assert add_norm(torch.float16, width=62, held=F32) < 1e-3
 
 
 def left(
@@ -287,6 +293,7 @@ def sampled(device: str = "cpu", cases: int = 12) -> int:
 
 def interpreted() -> dict[str, Callable[[], float | None]]:
     cases: dict[str, Callable[[], float | None]] = {"add_norm": add_norm, "norm": norm_alone, "nan": enter_nan}
+    cases["add_norm-wide"] = add_to_wide
     cases["add_norm-1"], cases["add_norm-odd"] = partial(add_norm, rows=1, width=257), partial(add_norm, width=61)
     cases["add_left-1"], cases["add_left-7"] = partial(add_left, 1, 60, 4, 3), partial(add_left, 7, 130, 3, 1)
     cases["add_left-sorted"] = partial(add_left, 5, 36, 8, 1, True)
@@ -346,6 +353,7 @@ KERNELS: dict[
     str, tuple[Any, dict[str, Any], dict[str, str], int]
 ] = {  # constants, types that are not bf16 or i32, warps
     "add_norm": (_add_norm, {"SIZE": 4096, **NOT_LEFT}, {"eps": "fp32"}, 8),
+    "add_norm_wide": (_add_norm, {"SIZE": 4096, **NOT_LEFT}, {"eps": "fp32", "x": "*fp32", "total": "*fp32"}, 8),
     "add_left": (_add_norm, {"SIZE": 4096, "TOP_K": 4, "PARTS": 2, "delta": None, "places": None}, LEFT, 16),
     "add_left_sorted": (_add_norm, {"SIZE": 2048, "TOP_K": 8, "PARTS": 1, "delta": None}, LEFT, 8),
     "attention_input": (

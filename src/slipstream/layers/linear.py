@@ -55,12 +55,14 @@ class Linear(nn.Module):
         return out if self.bias is None else out.add_(self.bias)
 
     def left(self, x: Tensor) -> Tensor | Pairs:  # (tokens, in) -> (tokens, out)
-        """Where the norm that comes next adds: a sum that is left to it, if the kernel is faster without."""
+        """Where the norm that comes next adds: a sum that is left to it, if the kernel is faster without; or in float32, as x is."""
         kernel, packed = self.parts[0]
-        if len(self.parts) > 1 or not self.ops.adds or not hasattr(kernel, "left"):
+        if len(self.parts) > 1:
             return self(x)
-        found: Tensor | Pairs = kernel.left(x, packed, self.bias)
-        return found
+        if self.ops.adds and hasattr(kernel, "left"):
+            found: Tensor | Pairs = kernel.left(x, packed, self.bias)
+            return found
+        return self(x) if len(x) > self.ops.wide_rows or isinstance(self.ops.ranks, Together) else self.wide(x)
 
     def wide(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """In float32 where the kernel can give it: of logits, the best two often are the same number in bfloat16.
@@ -70,9 +72,9 @@ class Linear(nn.Module):
         """
         kernel, packed = self.parts[0]
         wide = getattr(kernel, "wide", None)
-        if wide is None or len(self.parts) > 1 or self.bias is not None:
+        if wide is None or len(self.parts) > 1:
             return self(x)
-        found: Tensor = wide(x, packed, out)
+        found: Tensor = wide(x, packed, self.bias, out)
         return found
 
 

@@ -14,15 +14,15 @@ class Norm(nn.Module):
 
     def __init__(self, ops: Ops, width: int, eps: float, *, plus_one: bool = False) -> None:
         super().__init__()
-        self.add_norm, self.eps = ops.add_norm, eps
+        self.add_norm, self.eps, self.dtype = ops.add_norm, eps, ops.dtype
         dtype = torch.float32 if plus_one else ops.dtype
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"), requires_grad=False)
 
-    def forward(self, x: Delta) -> Tensor:  # (..., width)
-        return self.add(whole(x), None)[1]
+    def forward(self, x: Delta) -> Tensor:  # (..., width), like x
+        return self.add_norm(whole(x), None, self.weight, self.eps)[1]
 
     def add(self, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
-        """x + delta, and the norm of it."""
+        """x + delta, like x, and the norm of it, in the dtype that the layers take."""
         if isinstance(delta, Parts):
-            return delta.add_norm(x, self.weight, self.eps)
-        return self.add_norm(x, delta, self.weight, self.eps)
+            return delta.add_norm(x, self.weight, self.eps, self.dtype)
+        return self.add_norm(x, delta, self.weight, self.eps, self.dtype)

@@ -13,6 +13,8 @@ from slipstream.ops.moe import ExpertsKernel
 from slipstream.ops.used import Used
 from slipstream.parallel.collectives import Alone, Together
 
+WIDE_ROWS = 512
+
 
 class ExpertsChoice:
     """The kernel of the experts. It is chosen by the formats of their weights, which are known after the model is built."""
@@ -28,6 +30,9 @@ class Ops:
         row_by_row: cos, sin and tanh are taken of each row alone. On a CPU, torch computes the last numbers of a tensor and of
             a thread's share by other code than the rest, whose last bit may differ.
         adds: add_norm takes sums that a product or the experts left to it (ops/moe: Pairs).
+        wide_rows: a step of at most so many tokens carries x from layer to layer in float32, and so what is added to it, where a
+            kernel gives that. Of all roundings to bfloat16 these are the ones that logits feel most, and in a step of few tokens
+            these numbers are nothing beside the weights. (In a prompt of thousands they are not: then x has `dtype`.)
     """
 
     add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -44,4 +49,5 @@ class Ops:
     draw: Any = None
     row_by_row: bool = False
     adds: bool = False
+    wide_rows: int = WIDE_ROWS
     used: Used | None = None  # counts what runs, if that was asked for

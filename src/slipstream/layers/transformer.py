@@ -42,18 +42,17 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, delta: Delta | None, batch: Batch, cache: Storage, turns: Sequence[Turns]
     ) -> tuple[Tensor, Delta]:  # each (tokens, hidden), and so are the two it returns
-        x, h = _add(self.before_attention, x, delta)
+        x, h = self._add(self.before_attention, x, delta)
         h = self.attention(h, batch, cache, turns)
-        x, h = _add(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
+        x, h = self._add(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
         h = self.mlp(h)
         return x, h if self.after_mlp is None else self.after_mlp(h)
 
-
-def _add(norm: Norm | None, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
-    if norm is not None:
-        return norm.add(x, delta)
-    x = x if delta is None else x + whole(delta)
-    return x, x
+    def _add(self, norm: Norm | None, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
+        if norm is not None:
+            return norm.add(x, delta)
+        x = x if delta is None else x + whole(delta)
+        return x, x.to(self.attention.ops.dtype)
 
 
 class Transformer(nn.Module):
@@ -76,7 +75,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.embed_scale, self.row_by_row = config, ops.dtype, embed_scale, ops.row_by_row
-        self.ranks = ops.ranks
+        self.ranks, self.wide_rows = ops.ranks, ops.wide_rows
         self.embed = Embedding(ops, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(make_layer(i) for i in range(config.num_layers))
         self.norm = Norm(ops, config.hidden_size, config.rms_norm_eps, plus_one=plus_one)
@@ -88,6 +87,8 @@ class Transformer(nn.Module):
         x = self.embed(batch.token_ids)
         if self.embed_scale is not None:
             x = x * torch.tensor(self.embed_scale, dtype=x.dtype)
+        if len(x) <= self.wide_rows:
+            x = x.float()
         turns = self._turns(batch.positions)
         delta: Delta | None = None
         for layer in self.layers:

@@ -64,9 +64,9 @@ class Parts:
         found: Tensor = self.ops.reduce(whole(self.own), self.slots)
         return found
 
-    def add_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """x + the sum, and the norm of it."""
-        found: tuple[Tensor, Tensor] = self.ops.reduce_norm(self.own, x, weight, eps, self.slots)
+        found: tuple[Tensor, Tensor] = self.ops.reduce_norm(self.own, x, weight, eps, self.slots, dtype)
         return found
 
 

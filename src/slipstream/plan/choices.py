@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from slipstream.config import EngineConfig, ModelConfig
 from slipstream.errors import KernelError
 from slipstream.hardware import Hardware
 from slipstream.layers.mlp import MLP, MoE
-from slipstream.layers.ops import ExpertsChoice, Ops
+from slipstream.layers.ops import WIDE_ROWS, ExpertsChoice, Ops
 from slipstream.layers.transformer import Transformer
 from slipstream.ops import (
     activation,
@@ -128,6 +129,7 @@ def choose_ops(
         activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(), linear=kernel, dtype=dtype,
         sample=fns["sampling"], pick=fns["pick"], draw=fns["draw"],
         row_by_row=asked.batch_invariant and case.device == "cpu", adds=chosen["norm"].name in norm.ADDS, used=used,
+        wide_rows=sys.maxsize if asked.batch_invariant else WIDE_ROWS,
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]

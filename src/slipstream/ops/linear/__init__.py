@@ -2,7 +2,8 @@
 
 kernel.prepare(weight, dtype) -> tuple of tensors, from a `Weight` of shape (out, in)
 kernel(x, packed, bias) -> (tokens, out); x (tokens, in)
-kernel.wide(x, packed, out) -> the same in float32, not rounded to the dtype of x, into `out` if it is given: of kernels for CUDA
+kernel.wide(x, packed, bias, out) -> the same in float32, not rounded to the dtype of x, into `out` if it is given; as
+kernel(x, packed, bias) gives it where that would be a kernel more. Of kernels for CUDA
 kernel.left(x, packed, bias) -> the same, or parts of the sum that are left to the norm that comes next (ops/moe: Pairs), where a
 kernel is faster so
 kernel.held_bytes(format, shape, dtype, packed) -> bytes, where `prepare` lays out a packed weight in a way of its own, or

@@ -62,10 +62,12 @@ class Triton:
         """GGUF's blocks are cut, so a weight that is shared with the embedding is there twice."""
         return packed if format in BLOCKS else None
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+    def wide(
+        self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         if out is None:
             out = torch.empty(len(x), len(packed[0]), dtype=torch.float32, device=x.device)
-        return self(x, packed, None, out)
+        return self(x, packed, bias, out)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         data, scales, *rest = packed

@@ -26,10 +26,12 @@ class TritonDense:
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (weight.data.to(dtype).contiguous(),)
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+    def wide(
+        self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         if out is None:
             out = torch.empty(len(x), len(packed[0]), dtype=torch.float32, device=x.device)
-        return self(x, packed, None, out)
+        return self(x, packed, bias, out)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         (tokens, width), rows = x.shape, len(packed[0])

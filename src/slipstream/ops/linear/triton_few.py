@@ -47,12 +47,14 @@ class Few(Dense):
     def prepare(self, weight: Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (weight.data.to(dtype).contiguous(),)
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+    def wide(
+        self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         if not 0 < len(x) <= self.few:
-            return super().wide(x, packed, out)
+            return super().wide(x, packed, bias, out)
         if out is None:
             out = torch.empty(len(x), len(packed[0]), dtype=torch.float32, device=x.device)
-        return self.own(x, packed[0], None, out)
+        return self.own(x, packed[0], bias, out)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
         if 0 < len(x) <= self.few:

@@ -42,10 +42,12 @@ class Slabs:
         """Blocks in twos."""
         return held_bytes(format, (math.prod(shape[:-2]), *shape[-2:]), dtype)
 
-    def wide(self, x: Tensor, packed: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+    def wide(
+        self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         rows = packed[0].shape[1] * 16
         out = torch.empty(len(x), rows, dtype=torch.float32, device=x.device) if out is None else out
-        return self(x, packed, None, out)
+        return self(x, packed, bias, out)
 
     def __call__(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         (_, slabs, twos, _), tokens = packed[0].shape, len(x)

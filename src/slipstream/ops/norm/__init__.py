@@ -1,6 +1,7 @@
-"""The residual and its RMSNorm: add_norm(x, delta, weight, eps) -> (x + delta, norm of that sum).
+"""The residual and its RMSNorm: add_norm(x, delta, weight, eps, dtype) -> (x + delta, norm of that sum).
 
 x, delta (..., width); weight (width,). The sum is rounded to x's dtype before it is normalised. Without a delta, x itself is.
+The norm is given in `dtype`, or in x's: x and delta may be float32 where the layers that take the norm compute in bfloat16.
 For those in `ADDS` delta may be what experts left to add (ops/moe: Pairs), which they add up and round first.
 """
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from slipstream.ops.candidate import function
@@ -38,18 +39,24 @@ def adapt(opened: Opened, case: Case) -> Any:
 
 
 def _layer(forward: Any) -> Any:
-    def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        x = x if delta is None else x + delta
-        return x, forward(SimpleNamespace(weight=weight, variance_epsilon=eps), x.contiguous())
+    def add_norm(
+        x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = x if delta is None else (x + delta).to(x.dtype)
+        return x, forward(SimpleNamespace(weight=weight, variance_epsilon=eps), x.to(dtype or x.dtype).contiguous())
 
     return add_norm
 
 
 def _fused(rms_norm_fn: Any) -> Any:
-    def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = dtype or x.dtype
         if delta is None:
-            return x, rms_norm_fn(x, weight, None, eps=eps)
-        out, total = rms_norm_fn(delta, weight, None, residual=x, eps=eps, prenorm=True)
+            return x, rms_norm_fn(x.to(dtype), weight, None, eps=eps)
+        # The norm has the first one's dtype, and the sum that of the residual.
+        out, total = rms_norm_fn(delta.to(dtype), weight, None, residual=x, eps=eps, prenorm=True)
         return total, out
 
     return add_norm

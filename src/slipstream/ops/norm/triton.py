@@ -16,13 +16,13 @@ from slipstream.ops.moe.kernels import summed
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | Pairs | None, weight: Tensor, eps: float
+    x: Tensor, delta: Tensor | Pairs | None, weight: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:  # (..., width)
     rows = _rows(x)
     pairs = delta if isinstance(delta, Pairs) else None
     more = _rows(delta) if isinstance(delta, Tensor) else None
-    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
-    total = None if delta is None else torch.empty_like(out)
+    out = torch.empty(rows.shape, dtype=dtype or x.dtype, device=x.device)
+    total = None if delta is None else torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     size = triton.next_power_of_2(rows.shape[1])
     if len(rows):
         with torch.cuda.device_of(x):  # Triton launches on the current device

@@ -2,10 +2,10 @@
 
     reduce(x, speak) -> like x                              the sum of what ranks have; speak(say, *words) has them all say something
     reduce(x, slots) -> like x                              the same through memory that all see
-    reduce_norm(part, x, weight, eps, slots)                add_norm(x, reduce(part, slots), weight, eps)
+    reduce_norm(part, x, weight, eps, slots, dtype)         add_norm(x, reduce(part, slots), weight, eps, dtype)
 
 x, part (rows, width), contiguous rows. The sum is made in float32 in the order of the ranks, so it has the same bits on all of them,
-and is rounded to x's dtype before anything else is done with it.
+and is rounded to the dtype of what they have before anything else is done with it; unless reduce_norm adds it to a float32 x.
 
 `peers` writes what a rank has straight into the memory of the others' cards, in one kernel, and so is for messages of a decoding
 step; its `reduce_norm` also takes what experts left to add (ops/moe: Pairs). Larger ones, and all where it cannot be had, go by

@@ -27,8 +27,10 @@ def reduce(x: Tensor, slots: Slots) -> Tensor:  # (rows, width)
     return out
 
 
-def reduce_norm(part: Tensor | Pairs, x: Tensor, weight: Tensor, eps: float, slots: Slots) -> tuple[Tensor, Tensor]:
-    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+def reduce_norm(
+    part: Tensor | Pairs, x: Tensor, weight: Tensor, eps: float, slots: Slots, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    total, out = (torch.empty(x.shape, dtype=d, device=x.device) for d in (x.dtype, dtype or x.dtype))
     _launch(part, x, weight, total, out, eps, slots)
     return total, out
 
@@ -42,14 +44,15 @@ def _launch(
     eps: float,
     slots: Slots,
 ) -> None:
-    rows, before, made = len(part), None if x is None else _words(x), _words(out)
+    rows, made = len(part), _words(out)
     if not rows:
         return
+    before, after = (y if y is None or y.dtype == torch.float32 else _words(y) for y in (x, total))
     mine, pairs = (None, part) if isinstance(part, Pairs) else (_words(part), None)
     size = triton.next_power_of_2(made.shape[1])
     with torch.cuda.device_of(out):  # Triton launches on the current device
         _sum[(rows,)](
-            mine, before, weight, None if total is None else _words(total), made, slots.table, slots.counts, slots.stop,
+            mine, before, weight, after, made, slots.table, slots.counts, slots.stop,
             0 if mine is None else mine.stride(0), 0 if before is None else before.stride(0), made.shape[1], eps,
             *left(pairs), RANK=slots.rank, RANKS=slots.size, HALVES=part.itemsize == 2, ROWS=ROWS, MOST=WORDS, SIZE=size,
             num_warps=min(16, max(1, size // 128)), **chain(out.device),
@@ -143,11 +146,19 @@ def _sum(  # type: ignore[no-untyped-def]
     tl.store(counts + row, tl.where(count == -1, 2, count + 1))  # never 0, which slots hold at first
     word = _word(low, high, HALVES)
     if x is not None:
-        before = tl.load(x + row * x_stride + at, mask=real, other=0)
-        low, high = _low(before, HALVES) + _low(word, HALVES), _high(before) + _high(word)
-        word = _word(low, high, HALVES)  # the norm is of the sum as it goes on to the next layer
-        tl.store(total + row * words + at, word, mask=real)
-        low, high = _low(word, HALVES), _high(word)
+        if x.dtype.element_ty == tl.float32:
+            each: tl.constexpr = 2 if HALVES else 1
+            low += tl.load(x + row * x_stride + each * at, mask=real, other=0)
+            tl.store(total + row * words * each + each * at, low, mask=real)
+            if HALVES:
+                high += tl.load(x + row * x_stride + each * at + 1, mask=real, other=0)
+                tl.store(total + row * words * each + each * at + 1, high, mask=real)
+        else:
+            before = tl.load(x + row * x_stride + at, mask=real, other=0)
+            low, high = _low(before, HALVES) + _low(word, HALVES), _high(before) + _high(word)
+            word = _word(low, high, HALVES)  # the norm is of the sum as it goes on to the next layer
+            tl.store(total + row * words + at, word, mask=real)
+            low, high = _low(word, HALVES), _high(word)
         squares = low * low + high * high if HALVES else low * low
         root = tl.sqrt_rn(tl.sum(squares) / (words * (2 if HALVES else 1)) + eps)
         word = _word(low / root * low_scale, high / root * high_scale, HALVES)
