@@ -85,6 +85,10 @@ def runner_for(folder: Path, config: dict[str, Any], patch: pytest.MonkeyPatch, 
 
 
 def _wide(
-    self: object, x: torch.Tensor, packed: tuple[torch.Tensor, ...], out: torch.Tensor | None = None
+    self: object,
+    x: torch.Tensor,
+    packed: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return torch.empty(len(x), len(packed[0])) if out is None else out
+    return torch.empty(len(x), len(packed[0]), dtype=None if bias is None else x.dtype) if out is None else out
