@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.direct import Calls, Steps
 from slipstream.checkpoint.load import load, transfer
 from slipstream.checkpoint.manifest import Shard
 from slipstream.checkpoint.open import open_checkpoint
@@ -35,6 +37,7 @@ from slipstream.checkpoint.rules import (
 from slipstream.checkpoint.tensors import TensorInfo, read_raw
 from slipstream.checkpoint.transfer import Card, Transfer, cut
 from slipstream.errors import CheckpointError
+from slipstream.ops.native import missing
 from slipstream.plan import make_plan
 from slipstream.quantization.quantize import quantize
 from tests.checkpoint.test_gguf_names import build, to_gguf
@@ -45,6 +48,8 @@ from tests.parity.tiny import TINY, save
 
 class Plain(Card):
     """Counts the buffers that are out. A buffer is poisoned when it is given back, as nothing may be left to read in it."""
+
+    direct = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -71,6 +76,64 @@ class Plain(Card):
         self.finished += 1
 
 
+class Direct(Plain):
+    """C reads. What it copies is copied when somebody waits for it, or asks for it, and not before."""
+
+    direct = True
+
+    def __init__(self, at_once: bool = False) -> None:
+        super().__init__()
+        self.lock, self.queue, self.at_once = threading.RLock(), list[tuple[int, ...]](), at_once
+        self.events: dict[int, int] = {}  # copies that had been asked for at its last record
+        self.asked = self.done = self.waits = 0
+
+    def settle(self, upto: int | None = None) -> None:
+        with self.lock:
+            while self.queue and (upto is None or self.done < upto):
+                ctypes.memmove(*self.queue.pop(0))
+                self.done += 1
+
+    def calls(self) -> Calls:
+        def copy(to: int, place: int, nbytes: int, stream: int) -> int:
+            with self.lock:
+                self.asked += 1
+                self.queue.append((to, place, nbytes))
+            if self.at_once:
+                self.settle()
+            return 0
+
+        def record(event: int, stream: int) -> int:
+            with self.lock:
+                self.events[event] = self.asked
+            return 0
+
+        def wait(event: int) -> int:
+            with self.lock:
+                self.waits += 1
+                self.settle(self.events.get(event, 0))
+            return 0
+
+        size, place = ctypes.c_size_t, ctypes.c_void_p
+        kinds = (ctypes.c_uint64, place, size, place), (place, place), (place,)
+        held = [ctypes.CFUNCTYPE(ctypes.c_int, *k)(f) for k, f in zip(kinds, (copy, record, wait), strict=True)]
+        addresses = [ctypes.cast(f, place).value or 0 for f in held]
+        own = 16 * threading.get_ident()  # a thread has its own events
+        return Calls(*addresses, 0, [own + 1, own + 2], held)
+
+    def mark(self) -> Any:
+        return SimpleNamespace(synchronize=self.settle)
+
+    @contextlib.contextmanager
+    def pinned(self, nbytes: int) -> Iterator[Tensor]:
+        with super().pinned(nbytes) as buffer:
+            yield buffer
+            self.settle()  # as the stream is waited for before memory goes
+
+
+CARDS = pytest.mark.parametrize("kind", [Plain, pytest.param(Direct, marks=pytest.mark.skipif(
+    missing("transfer") is not None, reason=str(missing("transfer"))))])  # fmt: skip
+
+
 def written(folder: Path, case: int, files: int = 3) -> list[list[TensorInfo]]:
     """Tensors of any size (none too) one after another with gaps, in groups that cross files."""
     draw = random.Random(case)
@@ -92,10 +155,11 @@ def all_shards(wanted: list[list[TensorInfo]]) -> dict[Path, Shard]:
     return {f: Shard(f.stat().st_size, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files}
 
 
+@CARDS
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("case", range(12))
-def test_everything_arrives_once(tmp_path: Path, case: int, hashed: bool) -> None:
-    wanted, card = written(tmp_path, case), Plain()
+def test_everything_arrives_once(tmp_path: Path, case: int, hashed: bool, kind: type[Plain]) -> None:
+    wanted, card = written(tmp_path, case), kind()
     readers, block = 1 + case % 4, (64, 100, 333, 4096)[case // 3]
     arrivals = Transfer(wanted, card, all_shards(wanted) if hashed else None, readers=readers, block=block)
     seen, done = [], 0
@@ -104,11 +168,13 @@ def test_everything_arrives_once(tmp_path: Path, case: int, hashed: bool) -> Non
         for item in complete:
             seen.append(item)
             there = arrivals.take(item)
+            card.mark().synchronize()
             assert list(there) == wanted[item]
             assert all(torch.equal(got, read_raw(t)) for t, got in there.items())
     assert sorted(seen) == list(range(len(wanted)))
     assert done == sum(t.nbytes for item in wanted for t in item)
     assert card.out == 0 and card.taken <= readers
+    assert not isinstance(card, Direct) or bool(card.waits) != hashed, "each buffer is used again"
 
 
 def test_only_what_is_wanted_is_read_and_in_long_runs(tmp_path: Path) -> None:
@@ -179,10 +245,11 @@ def test_a_flipped_bit_is_found_in_what_was_read(tmp_path: Path, place: str) -> 
     assert card.out == 0 and no_reader_is_left()
 
 
+@CARDS
 @pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("hashed", [False, True])
-def test_a_file_that_is_cut_short(tmp_path: Path, readers: int, hashed: bool) -> None:
-    path, card = tmp_path / "model.safetensors", Plain()
+def test_a_file_that_is_cut_short(tmp_path: Path, readers: int, hashed: bool, kind: type[Plain]) -> None:
+    path, card = tmp_path / "model.safetensors", kind()
     path.write_bytes(bytes(100_000))
     info = TensorInfo("model.norm.weight", "U8", (90_000,), 90_000, path, 10_000)
     shards = all_shards([[info]]) if hashed else None
@@ -218,21 +285,22 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
         run(Transfer(wanted, Plain()))
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+@CARDS
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("hashed", [False, True])
 def test_whatever_ends_it_ends_the_threads_and_frees_the_buffers(
-    tmp_path: Path, kind: type[BaseException], hashed: bool
+    tmp_path: Path, error: type[BaseException], hashed: bool, kind: type[Plain]
 ) -> None:
-    path, card = tmp_path / "x", Plain()
+    path, card = tmp_path / "x", kind()
     path.write_bytes(bytes(1 << 20))
     info = TensorInfo("a", "U8", (1 << 20,), 1 << 20, path, 0)
     left = iter(range(5))
 
     def stop() -> None:
         if next(left, None) is None:
-            raise kind
+            raise error
 
-    with pytest.raises(kind):
+    with pytest.raises(error):
         run(Transfer([[info]], card, all_shards([[info]]) if hashed else None, block=1024), stop)
     assert card.out == 0 and card.taken and no_reader_is_left()
 
@@ -289,7 +357,7 @@ KINDS = [
 def test_the_same_model_by_both_ways(kind: str, tmp_path: Path) -> None:
     path, options = folder_of(kind, tmp_path)
     plans = [plan_of(path, device="cpu", linear_implementation="reference", **options) for _ in range(2)]
-    checkpoint, card = open_checkpoint(path), Plain()
+    checkpoint, card = open_checkpoint(path), Plain() if missing("transfer") else Direct(at_once=True)
     load(plans[0].model, plans[0].loads, checkpoint, plans[0].device)
     done = sum(transfer(plans[1].model, plans[1].loads, checkpoint, card))
     want, got = (tensors_of(p.model) for p in plans)
@@ -324,3 +392,23 @@ def test_a_plan_for_another_model_is_not_half_loaded(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="ties the head to the embedding, but lm_head.weight differs"):
         list(transfer(plan.model, plan.loads, checkpoint, card))
     assert card.out == 0 and card.finished == 1
+
+
+@pytest.mark.skipif(missing("transfer") is not None, reason=str(missing("transfer")))
+def test_what_fails_in_c_is_done_once_more_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, card = written(tmp_path, 7), Direct()
+    run_steps, broken = Calls.run, iter((3, 0, 7))
+
+    def some(self: Calls, steps: Steps, buffer: int) -> int:
+        done = Steps()
+        done.numbers = steps.numbers[: 5 * next(broken, len(steps))]
+        return run_steps(self, done, buffer)
+
+    monkeypatch.setattr(Calls, "run", some)
+    arrivals, seen = Transfer(wanted, card, readers=1, block=64), 0
+    for _, complete in arrivals.arrive():
+        for item in complete:
+            there, seen = arrivals.take(item), seen + 1
+            card.settle()
+            assert all(torch.equal(got, read_raw(t)) for t, got in there.items())
+    assert seen == len(wanted) and next(broken, None) is None

@@ -46,13 +46,17 @@ def test_the_same_bytes(kind: str, tmp_path: Path) -> None:
     assert done == sum(s.nbytes for i in plans[1].loads if not i.shared for s in i.sources)
 
 
-def test_many_blocks_through_few_buffers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_many_blocks_through_few_buffers(direct: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer that is read into before its copy is done would show: blocks are many, and the stream is kept busy."""
     path = tmp_path / "x"
     data = torch.randint(256, (64 << 20,), dtype=torch.uint8)
     path.write_bytes(data.numpy().tobytes())
     wanted = [[TensorInfo(str(i), "U8", (4 << 20,), 4 << 20, path, i * (4 << 20))] for i in range(16)]
     card = Card(CUDA)
+    if not direct:
+        monkeypatch.setattr(Card, "direct", False)
+    assert card.direct == direct
     arrivals = Transfer(wanted, card, readers=3, block=300_000)
     got = {}
     with card.beside():

@@ -2,7 +2,8 @@
 
 Blocks lie at multiples of BLOCK in a file and go round the threads in order, so a disk sees long reads, one after another.
 Copies, and all that is made of what arrived, are in the order of one stream beside the one that computes: nothing waits
-but a thread for its own buffer. Where hashes are known, whole files are read, and what is copied is what was hashed.
+but a thread for its own buffer. Where hashes are known, whole files are read, and what is copied is what was hashed; where
+there are none, and a C compiler is there, some blocks at a time are one call (checkpoint/direct.py).
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.checkpoint.direct import SLOTS, Calls, Steps, driver
 from slipstream.checkpoint.manifest import Shard, check_digest
 from slipstream.checkpoint.tensors import TensorInfo, read_at
 from slipstream.errors import CapacityError, CheckpointError
+from slipstream.ops.native import missing
 
 # A thread has one buffer: while it is copied, others read. All of them together are to stay in the processor's cache, but a
 # block also costs the interpreter some 100 us, which no two threads can spend at once. Into an H100 with 16 cores, from the
 # page cache: 29 GB/s with 12 threads and blocks of 12 MiB; 26 with 8 threads, 24 with 8 and 16 MiB, 18 with 16 and 6 MiB.
 BLOCK = 12 << 20
+DIRECT = 4 << 20  # a block where C reads, which costs the interpreter nothing
+AT_ONCE = 8  # such blocks in a call
 TOLD = 16  # blocks after which progress is told, if no tensor was complete before
 READERS = min(12, max(4, os.cpu_count() or 1))  # a slow disk wants several requests too
 
@@ -64,6 +69,19 @@ class Card:
         finally:
             self.stream.synchronize()
             runtime.cudaHostUnregister(buffer.data_ptr())
+
+    @property
+    def direct(self) -> bool:
+        """Whether C can read and copy for it."""
+        return missing("transfer") is None
+
+    def calls(self) -> Calls:
+        """For one thread, in `beside`."""
+        events = [torch.cuda.Event(blocking=True) for _ in range(SLOTS)]
+        for event in events:  # which makes it
+            event.record(self.stream)
+        copy, record, wait = driver("cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventSynchronize")
+        return Calls(copy, record, wait, self.stream.cuda_stream, [int(e.cuda_event) for e in events], events)
 
     def mark(self) -> torch.cuda.Event:
         """A point in the stream that can be waited for, in sleep."""
@@ -151,10 +169,12 @@ class Transfer:
 
     def __init__(
         self, wanted: Sequence[Sequence[TensorInfo]], card: Card, shards: Mapping[Path, Shard] | None = None, *,
-        readers: int = READERS, block: int = BLOCK,
+        readers: int = READERS, block: int | None = None,
     ) -> None:  # fmt: skip
-        self.card, self.readers, self.block = card, readers, block
+        self.card, self.readers = card, readers
         self._shards = dict(shards or {})
+        self._direct = not self._shards and card.direct
+        self.block = block or (DIRECT if self._direct else BLOCK)
         self._tensors = [t for item in wanted for t in item]
         self._owner = [i for i, item in enumerate(wanted) for _ in item]
         numbers = itertools.count()
@@ -222,24 +242,51 @@ class Transfer:
     def _read(self) -> None:
         """A thread's work."""
         try:
-            with self.card.beside(), self.card.pinned(self.block) as buffer:
-                view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-                for block in self._blocks:
-                    if self._stopped:
+            with self.card.beside(), self.card.pinned(self.block * (SLOTS if self._direct else 1)) as buffer:
+                calls = self.card.calls() if self._direct else None
+                while not self._stopped:
+                    with self._lock:  # neighbours in a file
+                        some = list(itertools.islice(self._blocks, AT_ONCE if self._direct else 1))
+                    if not some:
                         return
-                    self._fill(block, view[: block.end - block.begin])
-                    for p in block.pieces:
-                        to = self._land(p.tensor)[p.at : p.at + p.nbytes]
-                        to.copy_(buffer[p.begin : p.begin + p.nbytes], non_blocking=True)
-                    mark = self.card.mark()
-                    self._hash(block, view[: block.end - block.begin])
-                    self._tell(block)
-                    mark.synchronize()
+                    done = 0 if calls is None else self._bring(some, buffer, calls)
+                    for block in some[:done]:
+                        self._tell(block)
+                    for block in some[done:]:
+                        self._bring_one(block, buffer)
         except BaseException:
             self._stop()
             raise
         finally:
             self._news.put(None)
+
+    def _bring(self, blocks: Sequence[Block], buffer: Tensor, calls: Calls) -> int:
+        """Blocks in one call, to and fro between the two halves of the buffer; how many are on their way to the card."""
+        steps, ends = Steps(), []
+        for i, block in enumerate(blocks):
+            slot, start = i % SLOTS, i % SLOTS * self.block
+            steps.wait(slot)  # for the copies of the block that had it before
+            for begin, end in block.spans():
+                steps.read(self._files[block.file], begin, start + begin - block.begin, end - begin)
+            for p in block.pieces:
+                steps.copy(self._land(p.tensor).data_ptr() + p.at, start + p.begin, p.nbytes)
+            steps.record(slot)
+            ends.append(len(steps))
+        done = calls.run(steps, buffer.data_ptr())
+        if done < len(steps):  # what failed is done once more, where it can be said what is wrong
+            self.card.mark().synchronize()
+        return sum(end <= done for end in ends)
+
+    def _bring_one(self, block: Block, buffer: Tensor) -> None:
+        view = memoryview(buffer.numpy())[: block.end - block.begin]  # type: ignore[arg-type]
+        self._fill(block, view)
+        for p in block.pieces:
+            to = self._land(p.tensor)[p.at : p.at + p.nbytes]
+            to.copy_(buffer[p.begin : p.begin + p.nbytes], non_blocking=True)
+        mark = self.card.mark()
+        self._hash(block, view)
+        self._tell(block)
+        mark.synchronize()
 
     def _fill(self, block: Block, view: memoryview) -> None:
         what = self._tensors[block.pieces[0].tensor].name if block.pieces else "a tensor"
