@@ -25,6 +25,7 @@ from tests.ops import interpreter
 pytest.importorskip("triton")
 
 import slipstream.ops.attention.triton as module
+from slipstream.ops.attention import paged
 
 F32 = torch.float32
 
@@ -172,10 +173,10 @@ def test_it_compiles_for_hopper(decode: bool, invariant: bool, monkeypatch: pyte
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    layout = module.tiles(8, 64, torch.bfloat16, decode, invariant)
+    layout = paged.tiles(8, 64, torch.bfloat16, decode, invariant)
     options = {k: layout.pop(k) for k in ("num_warps", "num_stages")} | {"enable_fp_fusion": not invariant}
     constants: dict[str, Any] = {
-        "WINDOW": 0, "PAGE": 16, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": module.SPLIT,
+        "WINDOW": 0, "PAGE": 16, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": paged.SPLIT,
         "DECODE": decode, "INVARIANT": invariant, "CHAIN": True, "inner": None, **layout,
     }  # fmt: skip
     constants |= {} if decode else dict.fromkeys(("tops", "norms", "parts"))
@@ -200,6 +201,6 @@ def test_it_compiles_for_hopper(decode: bool, invariant: bool, monkeypatch: pyte
 
 
 if __name__ == "__main__":
-    module.SPLIT = 8  # so that short sequences have many splits, more than are brought together at a time
-    module.tiles = lambda share, *_: {"BLOCK_M": 32 if share > 16 else 16, "BLOCK_N": 16}
+    paged.SPLIT = 8  # so that short sequences have many splits, more than are brought together at a time
+    paged.tiles = lambda share, *_: {"BLOCK_M": 32 if share > 16 else 16, "BLOCK_N": 16}
     interpreter.main(interpreted())
