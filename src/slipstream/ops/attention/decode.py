@@ -128,40 +128,40 @@ def _decode(  # type: ignore[no-untyped-def]
             for line in tl.static_range(0, HEAD_DIM, 64):
                 _prefetch(keys + place + line)
                 _prefetch(values + place + line)
-    cos, sin, partner = angles(positions, freq, token, factor, dims, HALF, q.dtype.element_ty)
-    wq, wq_there = (None, None) if q_weight is None else weights(q_weight, dims, partner, HALF, HEAD_DIM)
-    wk, wk_there = (None, None) if k_weight is None else weights(k_weight, dims, partner, HALF, HEAD_DIM)
+    at = tl.broadcast_to(dims, (BLOCK_M, WIDTH))
+    cos, sin, partner = angles(positions, freq, token, factor, HALF, BLOCK_M, WIDTH, q.dtype.element_ty)
+    wq, wq_there = (None, None) if q_weight is None else weights(q_weight, at, partner, HALF, HEAD_DIM)
+    wk, wk_there = (None, None) if k_weight is None else weights(k_weight, at, partner, HALF, HEAD_DIM)
     slot = 0 if slots is None else tl.load(slots + token)
     if CHAIN:
         gdc_wait()
-    rows, others = fetch(source + head[:, None] * q_head, dims, partner, mask, HALF)
+    rows, others = fetch(source + head[:, None] * q_head, at, partner, mask, HALF)
     total = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_M,), tl.float32)
     if slots is not None:  # each lane makes the key, so that nothing has to go from one to another
-        own = source + (KV_HEADS * SHARE + kv_head + 0 * lane)[:, None] * q_head
-        k, other = fetch(own, dims, partner, dims < HEAD_DIM, HALF)
-        v = tl.load(own + KV_HEADS * q_head + dims, mask=dims < HEAD_DIM, other=0)
-        rows = enter(rows, others, wq, wq_there, eps, cos, sin, dims, HALF, HEAD_DIM)
-        k = enter(k, other, wk, wk_there, eps, cos, sin, dims, HALF, HEAD_DIM)
+        source += (KV_HEADS * SHARE + kv_head) * q_head
+        k, other = fetch(source, at, partner, at < HEAD_DIM, HALF)
+        v = tl.load(source + KV_HEADS * q_head + at, mask=at < HEAD_DIM, other=0)
+        rows = enter(rows, others, wq, wq_there, eps, cos, sin, at, HALF, HEAD_DIM)
+        k = enter(k, other, wk, wk_there, eps, cos, sin, at, HALF, HEAD_DIM)
         if split == newest:
-            place = slot * slot_stride + 0 * lane[:, None] + dims
-            once = (lane == 0)[:, None] & (dims < HEAD_DIM)
-            tl.store(keys + place, k, mask=once)
-            tl.store(values + place, v, mask=once)
+            once = (lane == 0)[:, None] & (at < HEAD_DIM)
+            tl.store(keys + slot * slot_stride + at, k, mask=once)
+            tl.store(values + slot * slot_stride + at, v, mask=once)
             top = capped(tl.sum(rows.to(tl.float32) * k.to(tl.float32), 1), inner) * scale
-            norm = tl.exp2(top - top)  # 1, or NaN
             total = v.to(tl.float32)
+        norm = tl.where(split == newest, tl.exp2(top - top), 0)  # 1, or NaN
     total, top, norm = walk(
         total, top, norm, rows, keys, values, slot_stride, pages, position + 0 * lane, low // BLOCK_N * BLOCK_N, high,
         low, high, scale, inner, WINDOW, PAGE, HEAD_DIM, WIDTH, BLOCK_N, True,
     )  # fmt: skip
 
     if parts is not None and num_splits > 1:
-        at = (sequence * KV_HEADS * SHARE + head).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(tops + at, top, mask=lane < SHARE)
-        tl.store(norms + at, norm, mask=lane < SHARE)
-        tl.store(parts + at[:, None] * HEAD_DIM + dims, total, mask=mask)
+        part = (sequence * KV_HEADS * SHARE + head).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(tops + part, top, mask=lane < SHARE)
+        tl.store(norms + part, norm, mask=lane < SHARE)
+        tl.store(parts + part[:, None] * HEAD_DIM + dims, total, mask=mask)
         return
     sink = None if sinks is None else tl.load(sinks + head, mask=lane < SHARE, other=0)
     total = finish(total, top, norm, sink).to(out.dtype.element_ty)

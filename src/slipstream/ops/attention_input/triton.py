@@ -59,9 +59,9 @@ def _attention_input(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`each` groups of HEADS heads of one token."""
     token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SIZE)[None, :]
+    at = tl.broadcast_to(tl.arange(0, SIZE)[None, :], (HEADS, SIZE))
     slot = tl.load(slots + token)
-    cos, sin, partner = angles(positions, freq, token, factor, at, HALF, q.dtype.element_ty)
+    cos, sin, partner = angles(positions, freq, token, factor, HALF, HEADS, SIZE, q.dtype.element_ty)
     wq, wq_there = (None, None) if q_weight is None else weights(q_weight, at, partner, HALF, HEAD_DIM)
     wk, wk_there = (None, None) if k_weight is None else weights(k_weight, at, partner, HALF, HEAD_DIM)
     if CHAIN:
@@ -82,9 +82,13 @@ def _attention_input(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def angles(positions, freq, token, factor, at, HALF: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """cos and sin for the numbers of a head, and which number each is turned with. The first 2 * HALF are."""
-    cos, sin, partner = 1.0, 0.0, at
+def angles(  # type: ignore[no-untyped-def]
+    positions, freq, token, factor, HALF: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr
+):
+    """cos and sin of the first 2 * HALF numbers of a head, and which number each is turned with, for HEADS heads: so nothing
+    moves between threads when the heads are there."""
+    at = tl.arange(0, SIZE)[None, :]
+    cos, sin, partner = at, at, at
     if HALF > 0:
         partner = tl.where(at < HALF, at + HALF, at - HALF)
         if HALF % 8 == 0:  # which the compiler does not see, and would load one by one
@@ -93,7 +97,11 @@ def angles(positions, freq, token, factor, at, HALF: tl.constexpr, dtype: tl.con
         cos, sin = tl.cos(angle) * factor, tl.sin(angle) * factor
         sin = tl.where(at < HALF, -sin, sin)
         cos, sin = cos.to(dtype).to(tl.float32), sin.to(dtype).to(tl.float32)
-    return cos, sin, partner
+    return (
+        tl.broadcast_to(cos, (HEADS, SIZE)),
+        tl.broadcast_to(sin, (HEADS, SIZE)),
+        tl.broadcast_to(partner, (HEADS, SIZE)),
+    )
 
 
 @triton.jit
