@@ -59,7 +59,7 @@ def _attention_input(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """`each` groups of HEADS heads of one token."""
     token = tl.program_id(0).to(tl.int64)
-    at = tl.broadcast_to(tl.arange(0, SIZE)[None, :], (HEADS, SIZE))
+    at = tl.arange(0, SIZE)[None, :]
     slot = tl.load(slots + token)
     cos, sin, partner = angles(positions, freq, token, factor, HALF, HEADS, SIZE, q.dtype.element_ty)
     wq, wq_there = (None, None) if q_weight is None else weights(q_weight, at, partner, HALF, HEAD_DIM)
@@ -107,6 +107,7 @@ def angles(  # type: ignore[no-untyped-def]
 @triton.jit
 def weights(weight, at, partner, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
     """Those of a norm, and of what each number is turned with."""
+    at = tl.broadcast_to(at, partner.shape)
     there = tl.load(weight + partner, mask=at < 2 * HALF, other=0)
     return tl.load(weight + at, mask=at < HEAD_DIM, other=0).to(tl.float32), there.to(tl.float32)
 
