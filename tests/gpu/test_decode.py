@@ -145,3 +145,43 @@ def test_host_is_not_waited_for() -> None:
         decode(*asked, **made.options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window"), [(64, 8, 64, None), (64, 8, 64, 128), (32, 4, 128, None)]
+)
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("length", [300, 4000])
+def test_how_long_it_takes(
+    length: int, rows: int, heads: int, kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    """Prints it, beside the two kernels. One after the other in a graph, as in a step."""
+    made = Entering(
+        (length,) * rows, heads=heads, kv_heads=kv_heads, head_dim=head_dim, half=head_dim // 2, window=window,
+        norms=head_dim == 128, dtype=BF16, device="cuda",
+    )  # fmt: skip
+    asked = made.asked(range(rows))
+
+    def one() -> None:
+        decode(*asked, **made.options)
+
+    def two() -> None:
+        attention(attention_input(*asked[:5], asked[6].slots), *asked[3:], **made.options)
+
+    times = []
+    for call in (one, two):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(100):
+                call()
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(10 * start.elapsed_time(end))
+    shape = f"{rows} rows of {length}, {heads}/{kv_heads} heads of {head_dim}, window {window}"
+    print(f"{shape}: {times[0]:.2f} us, two kernels {times[1]:.2f}")
+    assert times[0] < 1.1 * times[1]

@@ -67,10 +67,8 @@ def _attend(  # type: ignore[no-untyped-def]
     if CHAIN:
         gdc_launch_dependents()
     # Key heads of one place go together, as they are neighbours in memory.
-    kv_head = tl.program_id(0) % KV_HEADS
-    tile = (
-        tl.num_programs(0) - 1 - tl.program_id(0)
-    ) // KV_HEADS  # the last queries of a prompt have most to do: they go first
+    kv_head, tile = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
+    tile = tl.num_programs(0) // KV_HEADS - 1 - tile  # the last queries of a prompt have most to do: they go first
     BLOCK_Q: tl.constexpr = BLOCK_M // SHARE
     sequence, beyond = 0, sequences
     while beyond - sequence > 1:  # the last sequence that begins at this tile or before
