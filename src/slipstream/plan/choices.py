@@ -111,6 +111,7 @@ def choose_ops(
         "draw": pick("draw", sampling.DRAW, case),
         "router": pick("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
     }
+    fused = attention.fused(chosen["attention_input"].name, chosen["attention"].name)
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
         choose("linear", linear.IMPLS, case, asked.linear_implementation)  # says which there are
     kernels: dict[tuple[Any, ...], Any] = {}
@@ -123,13 +124,12 @@ def choose_ops(
         return kernels[key]
 
     fns = {op: counted(choice) for op, choice in chosen.items()}
-    decode = attention.fused(chosen["attention_input"].name, chosen["attention"].name)
     table = Ops(
         add_norm=fns["norm"], attention_input=fns["attention_input"], attention=fns["attention"],
+        decode=None if fused is None else counted(chosen["attention"], fused),
         activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(), linear=kernel, dtype=dtype,
         sample=fns["sampling"], pick=fns["pick"], draw=fns["draw"],
-        row_by_row=asked.batch_invariant and case.device == "cpu",
-        decode=decode and counted(chosen["attention"], decode), adds=chosen["norm"].name in norm.ADDS, used=used,
+        row_by_row=asked.batch_invariant and case.device == "cpu", adds=chosen["norm"].name in norm.ADDS, used=used,
     )  # fmt: skip
     if not config.num_experts:
         del chosen["router"]
@@ -188,11 +188,12 @@ def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice],
             )
     if experts is not None and experts.fn.leaves and norms.name in norm.ADDS:
         why["sum of experts"] = f"is part of norm[{norms.name}] in decoding steps"
-    entry, attend = chosen["attention_input"].name, chosen["attention"].name
-    if attention.fused(entry, attend) is not None:
-        why["attention_input"] = f"{entry} in steps with prompts; in all others it is part of attention[{attend}]"
     if norms.source and any(getattr(m, "qk_norm", None) == "head" for m in model.modules()):
-        why["norms of heads"] = f"are part of attention_input[{entry}]; {norms.name} computes all others"
+        entry = chosen["attention_input"]
+        why["norms of heads"] = f"are part of attention_input[{entry.name}]; {norms.name} computes all others"
+    names = chosen["attention_input"].name, chosen["attention"].name
+    if attention.fused(*names) is not None:
+        why["attention_input"] = f"{names[0]} in steps with prompts; in all others it is part of attention[{names[1]}]"
 
 
 def linear_choices(
