@@ -80,6 +80,7 @@ class Model:
             assert gone in self.known - self.forgotten and sequences[gone].finish_reason is not None
             self.forgotten.add(gone)
         tokens: dict[int, int | None] = {}
+        work: list[tuple[int, int, int, list[int], tuple]] = []
         for chunk in step.chunks:
             seq = sequences[chunk.sequence]
             assert seq.id in self.known - self.forgotten
@@ -95,14 +96,21 @@ class Model:
             assert [*chunk.token_ids[:-1], last] == mine[chunk.start : chunk.end]
             assert chunk.sample == (chunk.end == len(mine))
             self.computed[seq.id] = chunk.end
-            self._write_and_read(chunk.sequence, chunk.start, chunk.end, mine, chunk.tables)
+            work.append((chunk.sequence, chunk.start, chunk.end, list(mine), chunk.tables))
             if chunk.sample:
                 tokens[seq.id] = answer_token(seq.seed, chunk.end) or None
                 mine.append(tokens[seq.id] or 0)
         self.sampled = set(tokens)
+        if all(len(c.token_ids) == 1 for c in step.chunks):  # one kernel reads what was there, and writes
+            for part in work:
+                self._write_and_read(*part, write=False)
+        for part in work:
+            self._write_and_read(*part)
         return tokens
 
-    def _write_and_read(self, sequence: int, start: int, end: int, tokens: list[int], tables: tuple) -> None:
+    def _write_and_read(
+        self, sequence: int, start: int, end: int, tokens: list[int], tables: tuple, write: bool = True
+    ) -> None:
         pages = self.scheduler.pages
         size = pages.page_size
         for i, (group, table, cache) in enumerate(zip(pages.groups, tables, self.slots, strict=True)):
@@ -114,10 +122,10 @@ class Model:
             rows = [hash(self.salts.get(sequence, ""))]
             for token in tokens[:end]:
                 rows.append(hash((rows[-1], token)))
-            for p in range(start, end):
+            for p in range(start, end) if write else ():
                 cache[slot[p]] = rows[p + 1]
-            for p in range(first, end):
-                assert cache[slot[p]] == rows[p + 1], "other tokens stand here"
+            for p in range(first, end if write else start):
+                assert cache.get(slot[p]) == rows[p + 1], "other tokens stand here"
             self.peak[i] = max(self.peak[i], pages.pools[i].num_pages - pages.pools[i].num_free)
 
 
@@ -685,6 +693,36 @@ def test_what_a_step_computes_is_shared_in_the_same_step() -> None:
         s.add(tokens, SamplingParams(max_new_tokens=2), seed=0, eos=())
     assert lengths(tick(s)) == [(1, 0, 30), (2, 28, 2), (3, 8, 2), (4, 0, 10)]
     assert s.counters.cached_tokens == 28 + 8 and s.counters.preemptions == 0
+
+
+def single_token_fills(others: int) -> list[list[tuple[int, int, int]]]:
+    """The last token of a prompt comes alone, and fills a page that others begin with."""
+    s = scheduler(caching=True, max_num_batched_tokens=7)
+    prompt = tuple(range(100, 108))
+    sequences = {}
+    for tokens in (prompt, (*prompt, 3), (*prompt, 4, 5))[: 1 + others]:
+        seq = s.add(tokens, SamplingParams(max_new_tokens=2), seed=7, eos=())
+        sequences[seq.id] = seq
+    model, steps = Model(s), []
+    for _ in range(2):
+        step = s.next()
+        assert step is not None
+        steps.append(lengths(step))
+        s.commit(step, model.run(step, sequences))
+    return steps
+
+
+def test_what_a_single_token_fills_is_not_shared_in_the_same_step() -> None:
+    """In a step of single tokens one kernel writes keys and reads them, so nobody may see what another writes."""
+    assert single_token_fills(1) == [[(1, 0, 7)], [(1, 7, 1), (2, 4, 5)]]
+    assert single_token_fills(2)[1] == [(1, 7, 1), (2, 4, 5), (3, 8, 1)], "of a longer piece it is"
+
+
+def test_a_key_read_in_the_step_that_writes_it_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = Scheduler._settle
+    monkeypatch.setattr(Scheduler, "_settle", lambda self, ones=True: settle(self))
+    with pytest.raises(AssertionError, match="other tokens stand here"):
+        single_token_fills(1)
 
 
 def test_a_long_beginning_is_computed_once_in_several_steps() -> None:

@@ -61,7 +61,8 @@ class Scheduler:
         self.waiting = Waiting()
         self.running: list[Sequence] = []  # by rank
         self._unfinished: dict[int, Sequence] = {}
-        self._filled: list[tuple[Sequence, Chain, int]] = []  # pages up to this token, which are still to be named
+        # Pages up to this token, which are still to be named, and whether more than that token was computed.
+        self._filled: list[tuple[Sequence, Chain, int, bool]] = []
         self.counters = Counters()
         self._ids = self._ranks = 0
         self._forget: list[int] = []
@@ -209,7 +210,7 @@ class Scheduler:
         so are all that are scored."""
         if seq.chain is None or seq.wants_prompt_logits:
             return []
-        self._settle()
+        self._settle(ones=False)
         most, size = len(seq.tokens) - 1, self.pages.page_size
         if most < size or not self.pages.begins_with(seq.chain.names(seq.tokens, size)[0]):
             return []  # most have nothing in common with those before, and their other pages need no name yet
@@ -232,13 +233,15 @@ class Scheduler:
         that fills them is still to be launched."""
         size = self.pages.page_size
         if seq.chain is not None and end // size > start // size:
-            self._filled.append((seq, seq.chain, end))
+            self._filled.append((seq, seq.chain, end, end - start > 1))
 
-    def _settle(self) -> None:
-        """Name the pages that were filled."""
-        filled, self._filled = self._filled, []
-        for seq, chain, end in filled:
-            self.pages.offer(seq.id, chain.names(seq.tokens, end))
+    def _settle(self, *, ones: bool = True) -> None:
+        """Name the pages that were filled. Without `ones`, those stay that a single token of this step fills: in a step of such
+        tokens alone, one kernel writes keys and reads those that were there (ops/attention/decode.py)."""
+        filled, self._filled = self._filled, [] if ones else [f for f in self._filled if not f[-1]]
+        for seq, chain, end, more in filled:
+            if ones or more:
+                self.pages.offer(seq.id, chain.names(seq.tokens, end))
 
     def spoil(self, step: Step) -> None:
         """The step did not come to its end: nobody shall find the pages that it was to fill."""

@@ -65,7 +65,8 @@ def plan_for(
 
     for name in ("attention", "attention_input", "moe", "norm", "reduce", "router"):
         patch.setattr(f"slipstream.ops.{name}.triton.chain", chain)
-    patch.setattr("slipstream.ops.linear.triton_few.chain", chain)
+    for module in ("attention.decode", "linear.triton_few"):
+        patch.setattr(f"slipstream.ops.{module}.chain", chain)
     patch.setattr("slipstream.ops.moe.triton._hopper", lambda device: True)
     patch.setattr("slipstream.ops.moe.triton.processors", lambda device: 132)
     patch.setattr("slipstream.plan.layout.find_hardware", lambda asked, why: Hardware("cuda", CARD, 64 << 30, (9, 0)))

@@ -146,7 +146,7 @@ def test_every_kernel_of_any_step_is_among_them(
         warm.rehearse(runner)
     names = {name for name, _ in keys}
     assert names >= {
-        "_attend", "_combine", "_attention_input", "_add_norm", "_part", "_router", "_one", "_some", "_race", "_finish",
+        "_attend", "_decode", "_combine", "_attention_input", "_add_norm", "_part", "_router", "_one", "_some", "_race", "_finish",
         "schedule", "tiles", "add", "gather", "grouped",
     }  # fmt: skip
     assert len(keys) < 90 and not runner.rows and not runner._sources
@@ -198,7 +198,7 @@ def test_one_of_two_ranks_speaks_to_nobody(
     with warm.diverted():
         warm.rehearse(runner)
     names = {name for name, _ in keys}
-    assert names >= {"_sum", "_attend", "_attention_input", "_router", "_race", "tiles"}
+    assert names >= {"_sum", "_attend", "_decode", "_attention_input", "_router", "_race", "tiles"}
     assert any(left), "the sum over ranks begins with that of the experts"
     layers = SHAPE["num_hidden_layers"]
     norms = [norm for norm, _ in launched]
@@ -217,6 +217,28 @@ def _decode(runner: Runner, rows: int, start: int) -> None:
     most = runner.decoder._most
     widths = tuple(min(m, 32 << max(0, (start // 16).bit_length() - 5)) for m in most)
     runner.decoder._step(Shape(size, widths))()
+
+
+def test_attention_is_one_kernel_in_a_decoding_layer(
+    tmp_path: Path, card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = hopper.runner_for(tmp_path / "model", SHAPE, monkeypatch, max_num_seqs=4, max_model_len=400)
+    launched: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **more: launched.append(self.__name__))
+    with torch.inference_mode():
+        _decode(runner, 1, 250)
+    assert launched.count("_decode") == SHAPE["num_hidden_layers"]
+    assert not {"_attention_input", "_attend", "_combine"} & {*launched}
+
+
+def test_attention_takes_its_input_where_both_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slipstream.ops.attention.decode import decode
+
+    plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch)
+    assert plan.ops.decode is decode and "part of attention[triton]" in plan.why["attention_input"]
+    for options in ({"kernels": {"rotary": "torch"}}, {"attn_implementation": "triton_invariant"}):
+        plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch, **options)
+        assert plan.ops.decode is None and "attention_input" not in plan.why
 
 
 def test_the_plan_begins_triton_for_weights_that_it_lays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from tests.ops import test_small_triton as small
 from tests.ops.test_attention_triton import LENGTHS, MIXED, World
+from tests.ops.test_decode_triton import LENGTHS as SINGLE
+from tests.ops.test_decode_triton import Entering
 from tests.ops.test_triton import few
 
 BF16 = torch.bfloat16
@@ -25,6 +27,7 @@ def main() -> None:
     assert small.gate("swiglu_clamped", BF16, "cuda", 2, 523) < 8e-3
     for window in (None, 5):
         assert World(LENGTHS, window=window, dtype=BF16, device="cuda").error(MIXED) < 3e-2
+        assert Entering(SINGLE, window=window, dtype=BF16, device="cuda").error(range(len(SINGLE))) < 6e-2
     long = World((1030, 9), heads=16, kv_heads=2, head_dim=64, dtype=BF16, device="cuda")
     assert long.error([(0, 1029, 1030), (1, 8, 9)]) < 3e-2  # splits, and what brings them together
     torch.cuda.synchronize()

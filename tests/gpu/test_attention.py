@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import slipstream.ops.attention.triton as module
-from slipstream.ops.attention import IMPLS
+from slipstream.ops.attention import IMPLS, paged
 from slipstream.ops.choose import Case, choose
 from tests.ops.test_attention_triton import World, all_alike
 
@@ -97,8 +97,8 @@ def test_fetching_ahead_changes_no_bit(invariant: bool, head_dim: int, monkeypat
     made = World((4096, 3000), heads=64, kv_heads=8, head_dim=head_dim, dtype=BF16, device="cuda")
     step = made.step([(0, 1000, 4096), (1, 2999, 3000)])
     found = [module.attention(*step, scale=made.scale, invariant=invariant) for _ in range(20)]
-    tiles = module.tiles
-    monkeypatch.setattr(module, "tiles", lambda *case: tiles(*case) | {"num_stages": 1})
+    tiles = paged.tiles
+    monkeypatch.setattr(paged, "tiles", lambda *case: tiles(*case) | {"num_stages": 1})
     wanted = module.attention(*step, scale=made.scale, invariant=invariant)
     assert all(torch.equal(f, wanted) for f in found)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from slipstream.ops.activation.triton import activation
+from slipstream.ops.attention.decode import decode
 from slipstream.ops.attention.triton import attention
 from slipstream.ops.attention_input.triton import attention_input
 from slipstream.ops.linear.triton_few import Few
@@ -220,8 +221,9 @@ def test_host_is_not_waited_for() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_a_chain_replayed_200_times_gives_what_eager_gives(tokens: int) -> None:
+def test_a_chain_replayed_200_times_gives_what_eager_gives(tokens: int, fused: bool) -> None:
     """Four layers outside the experts in one graph: each kernel starts before the one before it has ended, and memory is used
     again as soon as torch sees that it can be. What is replayed has other bits if any kernel starts too early."""
     made = World((300,) * tokens, heads=64, kv_heads=8, head_dim=64, dtype=BF16, device="cuda")
@@ -242,8 +244,12 @@ def test_a_chain_replayed_200_times_gives_what_eager_gives(tokens: int) -> None:
         found = []
         for qkv, out, route in weights:
             x, h = add_norm(x, delta, one, 1e-5)
-            q = attention_input(few(h, (qkv,), None).view(tokens, 80, 64), turns, None, keys, values, slots)
-            a = attention(q, keys, values, batch, group, scale=0.125, sinks=made.extra)
+            h = few(h, (qkv,), None).view(tokens, 80, 64)
+            if fused:
+                a = decode(h, turns, None, keys, values, batch, group, scale=0.125, sinks=made.extra)
+            else:
+                q = attention_input(h, turns, None, keys, values, slots)
+                a = attention(q, keys, values, batch, group, scale=0.125, sinks=made.extra)
             x, h = add_norm(x, few(a.view(tokens, 4096), (out,), None), one, 1e-5)
             ids, shares = router(h, cases.Layer(route, None), 4, softmax_first=False)
             delta = activation(torch.cat((h, h * shares.sum()), 1), "silu")

@@ -25,6 +25,7 @@ from tests.ops import interpreter
 pytest.importorskip("triton")
 
 import slipstream.ops.attention.triton as module
+from slipstream.ops.attention import decode, paged
 
 F32 = torch.float32
 
@@ -162,44 +163,54 @@ def test_they_are_for_cuda_with_triton_and_say_so(monkeypatch: pytest.MonkeyPatc
     assert "pip install triton" in str(why("triton"))
 
 
-@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
-@pytest.mark.parametrize("decode", [False, True], ids=["chunk", "decode"])
-def test_it_compiles_for_hopper(decode: bool, invariant: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The shapes of gpt-oss: keys are fetched ahead, and every wait is for all products so far, so that none still runs when
-    the registers that it reads are filled again (see STAGES in ops/linear/triton.py)."""
+TYPES = (
+    dict.fromkeys(("q", "keys", "values", "out", "q_weight", "k_weight"), "*bf16")
+    | dict.fromkeys(("sinks", "tops", "norms", "parts", "freq"), "*fp32")
+    | dict.fromkeys(("pages", "first_pages", "query_starts", "starts"), "*i32")
+    | dict.fromkeys(("slots", "positions"), "*i64")
+    | dict.fromkeys(("scale", "inner", "factor", "eps"), "fp32")
+)
+
+
+def build(kernel: Any, constants: dict[str, Any], layout: dict[str, int], invariant: bool = False) -> Any:
+    """The kernel for Hopper, with tensors and strides that are multiples of 16, as they are in the models."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    layout = module.tiles(8, 64, torch.bfloat16, decode, invariant)
-    options = {k: layout.pop(k) for k in ("num_warps", "num_stages")} | {"enable_fp_fusion": not invariant}
-    constants: dict[str, Any] = {
-        "WINDOW": 0, "PAGE": 16, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": module.SPLIT,
-        "DECODE": decode, "INVARIANT": invariant, "CHAIN": True, "inner": None, **layout,
-    }  # fmt: skip
-    constants |= {} if decode else dict.fromkeys(("tops", "norms", "parts"))
-    types = dict.fromkeys(("q", "keys", "values", "out"), "*bf16") | {"scale": "fp32"}
-    types |= dict.fromkeys(("sinks", "tops", "norms", "parts"), "*fp32")
-    types |= dict.fromkeys(("pages", "first_pages", "query_starts", "starts"), "*i32")
-    names = module._attend.arg_names
-    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in names}
-    strides = ("q_token", "q_head", "slot_stride", "head_stride")
+    options = {k: v for k, v in layout.items() if k.startswith("num_")} | {"enable_fp_fusion": not invariant}
+    constants = constants | {k: v for k, v in layout.items() if not k.startswith("num_")} | {"CHAIN": True, "PAGE": 16}
+    names, strides = kernel.arg_names, ("q_token", "q_head", "slot_stride", "head_stride")
+    signature = {a: "constexpr" if a in constants else TYPES.get(a, "i32") for a in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(names) if signature[a][0] == "*" or a in strides}
-    made = triton.compile(
-        ASTSource(module._attend, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options
-    )
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
+@pytest.mark.parametrize("single", [False, True], ids=["chunk", "decode"])
+def test_it_compiles_for_hopper(single: bool, invariant: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The shapes of gpt-oss: keys are fetched ahead, and every wait is for all products so far, so that none still runs when
+    the registers that it reads are filled again (see STAGES in ops/linear/triton.py)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants: dict[str, Any] = {
+        "WINDOW": 0, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": paged.SPLIT, "inner": None
+    }  # fmt: skip
+    ready = dict.fromkeys(("slots", "positions", "freq", "q_weight", "k_weight")) | {"HALF": 0}
+    constants |= ready if single else {"INVARIANT": invariant}
+    kernel = decode._decode if single else module._attend
+    made = build(kernel, constants, paged.tiles(8, 64, torch.bfloat16, single, invariant), invariant)
     ptx = made.asm["ptx"]
     before, _, after = ptx.partition("griddepcontrol.wait")
     assert (
-        "prefetch.global.L2" not in after and ("prefetch.global.L2" in before) == decode and "st.global" not in before
+        "prefetch.global.L2" not in after and ("prefetch.global.L2" in before) == single and "st.global" not in before
     )
-    assert ("wgmma.mma_async" in ptx) == (invariant or not decode) and "cp.async" in ptx
+    assert ("wgmma.mma_async" in ptx) == (invariant or not single) and "cp.async" in ptx
     assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)) <= {"0"}
     assert made.metadata.shared <= 112 << 10  # two programs a multiprocessor
 
 
 if __name__ == "__main__":
-    module.SPLIT = 8  # so that short sequences have many splits, more than are brought together at a time
-    module.tiles = lambda share, *_: {"BLOCK_M": 32 if share > 16 else 16, "BLOCK_N": 16}
+    paged.SPLIT = 8  # so that short sequences have many splits, more than are brought together at a time
+    paged.tiles = lambda share, *_: {"BLOCK_M": 32 if share > 16 else 16, "BLOCK_N": 16}
     interpreter.main(interpreted())

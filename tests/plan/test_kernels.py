@@ -336,3 +336,34 @@ def test_a_log_says_what_runs_and_from_where(model: Path, home: Path, caplog: py
         plan(model, kernels={"activation": str(act)}, **repos.pin(home, act))
     assert any(r.message.startswith(f"activation runs {act}, ") and "sha256" in r.message for r in caplog.records)
     assert "norm runs torch, our own" in caplog.messages
+
+
+def test_what_is_two_ops_in_one_is_called_in_decoding_steps_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as a call of attention. Steps with prompts go through both ops."""
+    from slipstream.ops import attention
+    from slipstream.ops.attention.reference import attention as attend
+    from slipstream.ops.attention_input.reference import attention_input
+
+    sizes: list[int] = []
+
+    def both(qkv: Any, turns: Any, norms: Any, keys: Any, values: Any, batch: Any, group: Any, **options: Any) -> Any:
+        sizes.append(len(qkv))
+        assert batch.decode_only
+        q = attention_input(qkv, turns, norms, keys, values, group.slots)
+        return attend(q, keys, values, batch, group, **options)
+
+    want = LLM(model, device="cpu").generate(PROMPTS, GREEDY)
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(attention, "fused", lambda *names: asked.append(names) or both)
+    llm = LLM(model, device="cpu", count_calls=True, async_scheduling=False, max_num_batched_tokens=6)
+    name = row(llm.plan, "attention")["implementation"]
+    assert {*asked} == {(row(llm.plan, "attention_input")["implementation"], name)}
+    assert f"part of attention[{name}]" in llm.plan.why["attention_input"]
+    assert llm.plan.ops.used is not None
+    llm.plan.ops.used.calls.clear()
+    got = llm.generate(PROMPTS, GREEDY)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+    calls, layers = llm.plan.ops.used.calls, 4
+    # The first step has five tokens and one, the second the last token of a prompt beside an answer: one each, as in all others.
+    assert sizes == [2] * 7 * layers + [1] * layers
+    assert calls["attention", name] == 9 * layers and calls["attention_input", "torch"] == layers

@@ -71,10 +71,12 @@ class Attention(nn.Module):
         turn = None if self.rope is None else turns[self.rope]
         group = batch.groups[cache.group_of(self.index)]
         keys, values = cache.layer(self.index)
-        q = self.ops.attention_input(qkv, turn, norms, keys, values, group.slots)
-        out = self.ops.attention(
-            q, keys, values, batch, group, scale=self.scale, softcap=self.softcap, sinks=self.sinks
-        )
+        options = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        if self.ops.decode is not None and batch.decode_only:
+            out = self.ops.decode(qkv, turn, norms, keys, values, batch, group, **options)
+        else:
+            q = self.ops.attention_input(qkv, turn, norms, keys, values, group.slots)
+            out = self.ops.attention(q, keys, values, batch, group, **options)
         return self.ops.ranks.reduce(self.out.left(out.reshape(tokens, self.heads * self.head_dim)))
 
     def _norm_all(self, qkv: Tensor) -> Tensor:  # (tokens, heads + 2 * kv_heads, head_dim)

@@ -27,6 +27,7 @@ class Ops:
     """One callable an op. `linear(format, out_features, in_features, shared)` gives the kernel for one weight.
 
     Attributes:
+        decode: attention_input and attention in one, for steps in which every sequence has one query, where there is such a kernel.
         row_by_row: cos, sin and tanh are taken of each row alone. On a CPU, torch computes the last numbers of a tensor and of
             a thread's share by other code than the rest, whose last bit may differ.
         adds: add_norm takes sums that a product or the experts left to it (ops/moe: Pairs).
@@ -43,6 +44,7 @@ class Ops:
     experts: ExpertsChoice
     linear: Callable[[str, int, int, bool], LinearKernel]
     dtype: torch.dtype
+    decode: Callable[..., torch.Tensor] | None = None
     ranks: Alone | Together = field(default_factory=Alone)
     sample: Any = None
     pick: Any = None

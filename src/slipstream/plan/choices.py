@@ -112,6 +112,7 @@ def choose_ops(
         "draw": pick("draw", sampling.DRAW, case),
         "router": pick("router", router.IMPLS, _case(asked, hardware, dtype, experts=config.num_experts)),
     }
+    fused = attention.fused(chosen["attention_input"].name, chosen["attention"].name)
     if asked.linear_implementation not in (None, *(i.name for i in linear.IMPLS)):
         choose("linear", linear.IMPLS, case, asked.linear_implementation)  # says which there are
     kernels: dict[tuple[Any, ...], Any] = {}
@@ -126,6 +127,7 @@ def choose_ops(
     fns = {op: counted(choice) for op, choice in chosen.items()}
     table = Ops(
         add_norm=fns["norm"], attention_input=fns["attention_input"], attention=fns["attention"],
+        decode=None if fused is None else counted(chosen["attention"], fused),
         activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(), linear=kernel, dtype=dtype,
         sample=fns["sampling"], pick=fns["pick"], draw=fns["draw"],
         row_by_row=asked.batch_invariant and case.device == "cpu", adds=chosen["norm"].name in norm.ADDS, used=used,
@@ -191,6 +193,9 @@ def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice],
     if norms.source and any(getattr(m, "qk_norm", None) == "head" for m in model.modules()):
         entry = chosen["attention_input"]
         why["norms of heads"] = f"are part of attention_input[{entry.name}]; {norms.name} computes all others"
+    names = chosen["attention_input"].name, chosen["attention"].name
+    if attention.fused(*names) is not None:
+        why["attention_input"] = f"{names[0]} in steps with prompts; in all others it is part of attention[{names[1]}]"
 
 
 def linear_choices(

@@ -23,6 +23,15 @@ def scratch_bytes(name: str, sequences: int, heads: int, head_dim: int, longest:
     return sequences * heads * most * (head_dim + 2) * 4 if name == "triton" and most > 1 else 0
 
 
+def fused(entry: str, name: str) -> Any:
+    """The kernel that is attention_input as well in decoding steps, if both of these implementations are ours in Triton."""
+    if (entry, name) != ("triton", "triton"):
+        return None
+    from slipstream.ops.attention.decode import decode
+
+    return decode
+
+
 def _reference() -> Any:
     from slipstream.ops.attention.reference import attention
 

@@ -6,6 +6,8 @@ rounded to the dtype of the model where the reference rounds cos, sin and what w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +32,6 @@ def attention_input(
     kv_heads = keys.shape[1]
     qkv = qkv if qkv.stride(2) == 1 and qkv.stride(1) == head_dim else qkv.contiguous()
     q = torch.empty(tokens, all_heads - 2 * kv_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    positions, freq, factor = (None, None, 1.0) if turns is None else (turns.positions, turns.frequencies, turns.factor)
-    q_weight, k_weight, eps = norms or (None, None, 0.0)
     size = triton.next_power_of_2(head_dim)
     heads = max(1, 512 // size)
     groups = triton.cdiv(all_heads, heads)
@@ -39,50 +39,41 @@ def attention_input(
     if tokens:
         with torch.cuda.device_of(qkv):  # Triton launches on the current device
             _attention_input[(tokens, triton.cdiv(groups, each))](
-                qkv, positions, freq, q_weight, k_weight, slots, q, keys, values, factor, eps, qkv.stride(0),
-                all_heads - 2 * kv_heads, kv_heads, each, HEAD_DIM=head_dim, HALF=0 if freq is None else len(freq),
-                HEADS=heads, SIZE=size, **chain(qkv.device),
+                qkv, slots, q, keys, values, *arguments(turns, norms), qkv.stride(0), all_heads - 2 * kv_heads, kv_heads, each,
+                HEAD_DIM=head_dim, HEADS=heads, SIZE=size, **chain(qkv.device),
             )  # fmt: skip
     return q
 
 
+def arguments(turns: Turns | None, norms: tuple[Tensor, Tensor, float] | None) -> tuple[Any, ...]:
+    """positions, freq, q_weight, k_weight, factor, eps and HALF of a kernel."""
+    positions, freq, factor = (None, None, 1.0) if turns is None else (turns.positions, turns.frequencies, turns.factor)
+    q_weight, k_weight, eps = norms or (None, None, 0.0)
+    return positions, freq, q_weight, k_weight, factor, eps, 0 if freq is None else len(freq)
+
+
 @triton.jit(do_not_specialize=["each"])
 def _attention_input(  # type: ignore[no-untyped-def]
-    qkv, positions, freq, q_weight, k_weight, slots, q, keys, values, factor, eps, stride, heads, kv_heads, each,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
+    qkv, slots, q, keys, values, positions, freq, q_weight, k_weight, factor, eps, HALF: tl.constexpr,
+    stride, heads, kv_heads, each, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """`each` groups of HEADS heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)[None, :]
     slot = tl.load(slots + token)
-    if positions is not None:
-        partner = tl.where(at < HALF, at + HALF, at - HALF)
-        if HALF % 8 == 0:  # which the compiler does not see, and would load one by one
-            partner = tl.max_contiguous(tl.multiple_of(partner, [1, 8]), [1, 8])
-        turned = at < 2 * HALF
-        angle = tl.load(positions + token).to(tl.float32) * tl.load(freq + at % HALF, mask=turned, other=0)
-        cos, sin = tl.cos(angle) * factor, tl.sin(angle) * factor
-        sin = tl.where(at < HALF, -sin, sin)
-        cos, sin = cos.to(q.dtype.element_ty).to(tl.float32), sin.to(q.dtype.element_ty).to(tl.float32)
+    cos, sin, partner = angles(positions, freq, token, factor, HALF, HEADS, SIZE, q.dtype.element_ty)
+    wq, wq_there = (None, None) if q_weight is None else weights(q_weight, at, partner, HALF, HEAD_DIM)
+    wk, wk_there = (None, None) if k_weight is None else weights(k_weight, at, partner, HALF, HEAD_DIM)
     if CHAIN:
         gdc_launch_dependents()
         gdc_wait()
     for group in range(tl.program_id(1) * each, (tl.program_id(1) + 1) * each):
         head = group * HEADS + tl.arange(0, HEADS)[:, None]
         real = (head < heads + 2 * kv_heads) & (at < HEAD_DIM)
-        source = qkv + token * stride + head * HEAD_DIM
-        x = tl.load(source + at, mask=real, other=0)
-        y = x.to(tl.float32)
-        if q_weight is not None:
-            root = tl.sqrt_rn(tl.sum(y * y, 1) / HEAD_DIM + eps)[:, None]
-            y = _normalised(y, root, q_weight, k_weight, head < heads, at, HEAD_DIM, x.dtype)
-        if positions is not None:
-            z = tl.load(source + partner, mask=real & turned, other=0).to(tl.float32)
-            if q_weight is not None:
-                there = tl.where(turned, partner, 0)
-                z = _normalised(z, root, q_weight, k_weight, head < heads, there, HEAD_DIM, x.dtype)
-            y = tl.where(turned, y * cos + z * sin, y)
-        y = y.to(x.dtype)
+        x, z = fetch(qkv + token * stride + head * HEAD_DIM, at, partner, real, HALF)
+        weight = None if q_weight is None else tl.where(head < heads, wq, wk)
+        there = None if q_weight is None else tl.where(head < heads, wq_there, wk_there)
+        y = enter(x, z, weight, there, eps, cos, sin, at, HALF, HEAD_DIM)
         tl.store(q + (token * heads + head) * HEAD_DIM + at, y, mask=real & (head < heads))
         k = head - heads
         tl.store(keys + (slot * kv_heads + k) * HEAD_DIM + at, y, mask=real & (k >= 0) & (k < kv_heads))
@@ -91,7 +82,53 @@ def _attention_input(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normalised(x, root, q_weight, k_weight, is_q, at, HEAD_DIM: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    wq = tl.load(q_weight + at, mask=at < HEAD_DIM, other=0).to(tl.float32)
-    wk = tl.load(k_weight + at, mask=at < HEAD_DIM, other=0).to(tl.float32)
-    return (x / root * tl.where(is_q, wq, wk)).to(dtype).to(tl.float32)
+def angles(  # type: ignore[no-untyped-def]
+    positions, freq, token, factor, HALF: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, dtype: tl.constexpr
+):
+    """cos and sin of the first 2 * HALF numbers of a head, and which number each is turned with, for HEADS heads: so nothing
+    moves between threads when the heads are there."""
+    at = tl.arange(0, SIZE)[None, :]
+    cos, sin, partner = at, at, at
+    if HALF > 0:
+        partner = tl.where(at < HALF, at + HALF, at - HALF)
+        if HALF % 8 == 0:  # which the compiler does not see, and would load one by one
+            partner = tl.max_contiguous(tl.multiple_of(partner, [1, 8]), [1, 8])
+        angle = tl.load(positions + token).to(tl.float32) * tl.load(freq + at % HALF, mask=at < 2 * HALF, other=0)
+        cos, sin = tl.cos(angle) * factor, tl.sin(angle) * factor
+        sin = tl.where(at < HALF, -sin, sin)
+        cos, sin = cos.to(dtype).to(tl.float32), sin.to(dtype).to(tl.float32)
+    return (
+        tl.broadcast_to(cos, (HEADS, SIZE)),
+        tl.broadcast_to(sin, (HEADS, SIZE)),
+        tl.broadcast_to(partner, (HEADS, SIZE)),
+    )
+
+
+@triton.jit
+def weights(weight, at, partner, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Those of a norm, and of what each number is turned with."""
+    at = tl.broadcast_to(at, partner.shape)
+    there = tl.load(weight + partner, mask=at < 2 * HALF, other=0)
+    return tl.load(weight + at, mask=at < HEAD_DIM, other=0).to(tl.float32), there.to(tl.float32)
+
+
+@triton.jit
+def fetch(source, at, partner, real, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Heads as the product gave them, and for each number that with which it is turned."""
+    x = tl.load(source + at, mask=real, other=0)
+    z = x
+    if HALF > 0:
+        z = tl.load(source + partner, mask=real & (at < 2 * HALF), other=0)
+    return x, z
+
+
+@triton.jit
+def enter(x, z, weight, there, eps, cos, sin, at, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What was fetched, normalised and turned."""
+    y, z = x.to(tl.float32), z.to(tl.float32)
+    if weight is not None:
+        root = tl.sqrt_rn(tl.sum(y * y, 1) / HEAD_DIM + eps)[:, None]
+        y, z = (y / root * weight).to(x.dtype).to(tl.float32), (z / root * there).to(x.dtype).to(tl.float32)
+    if HALF > 0:
+        y = tl.where(at < 2 * HALF, y * cos + z * sin, y)
+    return y.to(x.dtype)
