@@ -26,3 +26,11 @@ class Norm(nn.Module):
         if isinstance(delta, Parts):
             return delta.add_norm(x, self.weight, self.eps)
         return self.add_norm(x, delta, self.weight, self.eps)
+
+
+def add(norm: Norm | None, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
+    """x + delta, and the norm of it if there is one."""
+    if norm is not None:
+        return norm.add(x, delta)
+    x = x if delta is None else x + whole(delta)
+    return x, x

@@ -27,6 +27,7 @@ class Ops:
     Attributes:
         row_by_row: cos, sin and tanh are taken of each row alone. On a CPU, torch computes the last numbers of a tensor and of
             a thread's share by other code than the rest, whose last bit may differ.
+        add_norm_router: for what ops/router: fits, in place of add_norm and router; None if no kernel does what both do.
         adds: add_norm takes sums that a product or the experts left to it (ops/moe: Pairs).
     """
 
@@ -43,5 +44,6 @@ class Ops:
     pick: Any = None
     draw: Any = None
     row_by_row: bool = False
+    add_norm_router: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
     adds: bool = False
     used: Used | None = None  # counts what runs, if that was asked for

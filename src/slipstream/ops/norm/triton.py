@@ -52,6 +52,21 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+@triton.jit
+def added(  # type: ignore[no-untyped-def]
+    x, delta, row, at, real, x_stride, delta_stride, width, sums, ids, shares, places, num_pairs,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A row of x + delta, or of x and what experts left, as it goes on to the next layer: the norm is of that."""
+    h = tl.load(x + row * x_stride + at, mask=real, other=0)
+    if delta is not None:
+        h = (h.to(tl.float32) + tl.load(delta + row * delta_stride + at, mask=real, other=0).to(tl.float32)).to(h.dtype)
+    if sums is not None:
+        y = summed(sums, ids, shares, places, row, at, real, width, num_pairs, TOP_K, PARTS)
+        h = (h.to(tl.float32) + y.to(h.dtype).to(tl.float32)).to(h.dtype)  # elsewhere their answer is a tensor
+    return h
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def _add_norm(  # type: ignore[no-untyped-def]
     x, delta, weight, total, out, x_stride, delta_stride, width, eps, sums, ids, shares, places, num_pairs,
@@ -63,15 +78,11 @@ def _add_norm(  # type: ignore[no-untyped-def]
     if CHAIN:
         gdc_launch_dependents()
         gdc_wait()
-    h = tl.load(x + row * x_stride + at, mask=real, other=0).to(tl.float32)
+    h = added(
+        x, delta, row, at, real, x_stride, delta_stride, width, sums, ids, shares, places, num_pairs, TOP_K, PARTS
+    )
     if total is not None:
-        if sums is None:
-            h += tl.load(delta + row * delta_stride + at, mask=real, other=0).to(tl.float32)
-        else:
-            y = summed(sums, ids, shares, places, row, at, real, width, num_pairs, TOP_K, PARTS)
-            h += y.to(total.dtype.element_ty).to(tl.float32)  # the experts' answer, which is a tensor elsewhere
-        h = h.to(total.dtype.element_ty)  # the norm is of the sum as it goes on to the next layer
         tl.store(total + row * width + at, h, mask=real)
-        h = h.to(tl.float32)
+    h = h.to(tl.float32)
     h = h / tl.sqrt_rn(tl.sum(h * h) / width + eps)
     tl.store(out + row * width + at, (h * scale).to(out.dtype.element_ty), mask=real)
