@@ -146,7 +146,7 @@ def test_every_kernel_of_any_step_is_among_them(
         warm.rehearse(runner)
     names = {name for name, _ in keys}
     assert names >= {
-        "_attend", "_combine", "_attention_input", "_add_norm", "_part", "_router", "_one", "_some", "_race", "_finish",
+        "_attend", "_combine", "_attention_input", "_add_norm", "part", "choice", "at_once", "_one", "_some", "_race", "_finish",
         "schedule", "tiles", "add", "gather", "grouped",
     }  # fmt: skip
     assert len(keys) < 90 and not runner.rows and not runner._sources
@@ -198,7 +198,7 @@ def test_one_of_two_ranks_speaks_to_nobody(
     with warm.diverted():
         warm.rehearse(runner)
     names = {name for name, _ in keys}
-    assert names >= {"_sum", "_attend", "_attention_input", "_router", "_race", "tiles"}
+    assert names >= {"_sum", "_attend", "_attention_input", "at_once", "choice", "_race", "tiles"}
     assert any(left), "the sum over ranks begins with that of the experts"
     layers = SHAPE["num_hidden_layers"]
     norms = [norm for norm, _ in launched]

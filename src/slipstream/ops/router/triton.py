@@ -25,6 +25,9 @@ from slipstream.ops.router import fits, kernels
 FEW = 512  # tokens, from which on tiles as small as these are slower than cuBLAS
 TILE = {"BLOCK_M": 16, "BLOCK_K": 64}
 BLOCK = 4  # experts of a program that does all
+REGISTERS = (
+    128  # a thread's; not told so, the assembler takes 64, and waits for some of what is read before it asks for more
+)
 
 
 def router(
@@ -51,7 +54,7 @@ def router(
             kernels.choice[(tokens,)](
                 sums, bias, ids, weights, sums.stride(1), sums.stride(0), experts, top_k, ROUND=DTYPES[x.dtype],
                 PARTS=parts, SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first,
-                EXPERTS=_room(experts), num_warps=1, **chain(x.device),
+                EXPERTS=_room(experts), num_warps=1, maxnreg=REGISTERS, **chain(x.device),
             )  # fmt: skip
     return ids, weights
 
@@ -99,7 +102,7 @@ def _at_once(
                 x, more, norm, weight, linear.bias, total, out, logits, linear.arrived, ids, weights, x.stride(0),
                 0 if more is None else more.stride(0), weight.stride(0), hidden, experts, top_k, eps, *left(pairs),
                 SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first, EXPERTS=_room(experts),
-                WARPS=warps, BLOCK_N=BLOCK, SIZE=size, num_warps=warps, maxnreg=128, **chain(x.device),
+                WARPS=warps, BLOCK_N=BLOCK, SIZE=size, num_warps=warps, maxnreg=REGISTERS, **chain(x.device),
             )  # fmt: skip
     return x if total is None else total, x if out is None else out, ids, weights
 
