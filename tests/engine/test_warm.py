@@ -247,6 +247,31 @@ def test_another_norm_gets_sums_that_are_made(tmp_path: Path, monkeypatch: pytes
     assert "leave" not in getattr(plan.ops.experts.kernel.experts, "keywords", {})
 
 
+@pytest.mark.parametrize("options", [{"kernels": {"norm": "torch"}}, {"batch_invariant": True}], ids=str)
+def test_no_other_norm_or_router_is_passed_by(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch)
+    assert both.ops.add_norm_router is not None
+    assert both.why["norm before the router"] == "is part of router[triton] in steps of at most 8 tokens"
+    plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch, **options)
+    assert plan.ops.add_norm_router is None and "norm before the router" not in plan.why
+
+
+def test_a_step_counts_what_it_calls(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = hopper.runner_for(
+        tmp_path / "model", SHAPE, monkeypatch, count_calls=True, max_num_seqs=24, max_num_batched_tokens=300,
+        max_model_len=400,
+    )  # fmt: skip
+    used, layers = runner.plan.ops.used, SHAPE["num_hidden_layers"]
+    assert used is not None
+    for rows, norms in ((1, layers + 1), (8, layers + 1), (9, 2 * layers + 1)):
+        used.calls.clear()
+        with torch.inference_mode(), warm.diverted():
+            _decode(runner, rows, 30)
+        assert used.calls["norm", "triton"] == norms and used.calls["router", "triton"] == layers, rows
+
+
 def test_sizes_are_few_and_reach_the_most() -> None:
     for most in (1, 2, 7, 100, 2048, 8192):
         found = warm.sizes(most)
