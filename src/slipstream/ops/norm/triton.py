@@ -14,6 +14,8 @@ from slipstream.ops.chain import chain
 from slipstream.ops.moe import Pairs
 from slipstream.ops.moe.kernels import summed
 
+REGISTERS = 128  # of a thread, at most, for 16 warps
+
 
 def add_norm(
     x: Tensor, delta: Tensor | Pairs | None, weight: Tensor, eps: float
@@ -28,7 +30,7 @@ def add_norm(
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _add_norm[(len(rows),)](
                 rows, more, weight, total, out, rows.stride(0), 0 if more is None else more.stride(0), rows.shape[1], eps,
-                *left(pairs), SIZE=size, num_warps=warps(size, pairs), **chain(x.device),
+                *left(pairs), SIZE=size, num_warps=warps(size, pairs), maxnreg=registers(size, pairs), **chain(x.device),
             )  # fmt: skip
     return x if total is None else total.view(x.shape), out.view(x.shape)
 
@@ -45,6 +47,11 @@ def left(pairs: Pairs | None) -> tuple[Any, ...]:
 def warps(size: int, pairs: Pairs | None) -> int:
     """Of a program for a row. One that reads what experts left has several numbers to fetch for each that it makes."""
     return min(8 if pairs is None else 16, max(1, size // 256))
+
+
+def registers(size: int, pairs: Pairs | None) -> int | None:
+    """Of a thread. Not told so, the assembler takes 64, and so waits for some of what experts left before it asks for more."""
+    return REGISTERS if pairs is not None and size <= 4096 else None
 
 
 def _rows(x: Tensor) -> Tensor:

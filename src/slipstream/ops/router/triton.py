@@ -19,15 +19,12 @@ from torch import Tensor
 
 from slipstream.ops.chain import chain
 from slipstream.ops.moe import Pairs
-from slipstream.ops.norm.triton import left
+from slipstream.ops.norm.triton import REGISTERS, left
 from slipstream.ops.router import fits, kernels
 
 FEW = 512  # tokens, from which on tiles as small as these are slower than cuBLAS
 TILE = {"BLOCK_M": 16, "BLOCK_K": 64}
 BLOCK = 4  # experts of a program that does all
-REGISTERS = (
-    128  # a thread's; not told so, the assembler takes 64, and waits for some of what is read before it asks for more
-)
 
 
 def router(
