@@ -185,6 +185,7 @@ def test_one_of_two_ranks_speaks_to_nobody(
         max_model_len=400, tensor_parallel_size=2, enable_expert_parallel=spread,
     )  # fmt: skip
     assert {c.op: c.name for c in runner.plan.choices}["reduce"] == "peers"
+    assert "norm before the router" not in runner.plan.why
     launched: list[tuple[bool, int]] = []
     left: list[bool] = []
     launch = reduce_triton._launch

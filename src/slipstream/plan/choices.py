@@ -188,7 +188,8 @@ def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice],
             )
     if experts is not None and experts.fn.leaves and norms.name in norm.ADDS:
         why["sum of experts"] = f"is part of norm[{norms.name}] in decoding steps"
-    if experts is not None and router.with_norm(norms.name, chosen["router"].name) is not None:
+    summed = "reduce" in chosen and chosen["reduce"].name == "peers"  # with its norm
+    if experts is not None and not summed and router.with_norm(norms.name, chosen["router"].name) is not None:
         why["norm before the router"] = (
             f"is part of router[{chosen['router'].name}] in steps of at most {router.AT_ONCE} tokens"
         )
