@@ -146,7 +146,8 @@ def test_every_kernel_of_any_step_is_among_them(
         warm.rehearse(runner)
     names = {name for name, _ in keys}
     assert names >= {
-        "_attend", "_decode", "_combine", "_attention_input", "_add_norm", "_part", "_router", "_one", "_some", "_race", "_finish",
+        "_attend", "_decode", "_combine", "_attention_input", "_add_norm", "part", "choice", "at_once",
+        "_one", "_some", "_race", "_finish",
         "schedule", "tiles", "add", "gather", "grouped",
     }  # fmt: skip
     assert len(keys) < 90 and not runner.rows and not runner._sources
@@ -185,6 +186,7 @@ def test_one_of_two_ranks_speaks_to_nobody(
         max_model_len=400, tensor_parallel_size=2, enable_expert_parallel=spread,
     )  # fmt: skip
     assert {c.op: c.name for c in runner.plan.choices}["reduce"] == "peers"
+    assert "norm before the router" not in runner.plan.why
     launched: list[tuple[bool, int]] = []
     left: list[bool] = []
     launch = reduce_triton._launch
@@ -198,7 +200,7 @@ def test_one_of_two_ranks_speaks_to_nobody(
     with warm.diverted():
         warm.rehearse(runner)
     names = {name for name, _ in keys}
-    assert names >= {"_sum", "_attend", "_decode", "_attention_input", "_router", "_race", "tiles"}
+    assert names >= {"_sum", "_attend", "_decode", "_attention_input", "at_once", "choice", "_race", "tiles"}
     assert any(left), "the sum over ranks begins with that of the experts"
     layers = SHAPE["num_hidden_layers"]
     norms = [norm for norm, _ in launched]
@@ -267,6 +269,31 @@ def test_another_norm_gets_sums_that_are_made(tmp_path: Path, monkeypatch: pytes
     plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch, kernels={"norm": "torch"})
     assert {c.op: c.name for c in plan.choices}["norm"] == "torch" and "sum of experts" not in plan.why
     assert "leave" not in getattr(plan.ops.experts.kernel.experts, "keywords", {})
+
+
+@pytest.mark.parametrize("options", [{"kernels": {"norm": "torch"}}, {"batch_invariant": True}], ids=str)
+def test_no_other_norm_or_router_is_passed_by(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch)
+    assert both.ops.add_norm_router is not None
+    assert both.why["norm before the router"] == "is part of router[triton] in steps of at most 8 tokens"
+    plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch, **options)
+    assert plan.ops.add_norm_router is None and "norm before the router" not in plan.why
+
+
+def test_a_step_counts_what_it_calls(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = hopper.runner_for(
+        tmp_path / "model", SHAPE, monkeypatch, count_calls=True, max_num_seqs=24, max_num_batched_tokens=300,
+        max_model_len=400,
+    )  # fmt: skip
+    used, layers = runner.plan.ops.used, SHAPE["num_hidden_layers"]
+    assert used is not None
+    for rows, norms in ((1, layers + 1), (8, layers + 1), (9, 2 * layers + 1)):
+        used.calls.clear()
+        with torch.inference_mode(), warm.diverted():
+            _decode(runner, rows, 30)
+        assert used.calls["norm", "triton"] == norms and used.calls["router", "triton"] == layers, rows
 
 
 def test_sizes_are_few_and_reach_the_most() -> None:

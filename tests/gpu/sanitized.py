@@ -24,6 +24,8 @@ def main() -> None:
     assert small.enter(20, True, BF16, "cuda", (3, 6, 3, 20, 7)) < 0.08
     assert small.route(7, 3, False, True, BF16, "cuda") < 5e-6
     assert small.route_product(5, 600, 7, BF16, "cuda") < 2e-2
+    assert small.choose(32, 4, False, True, BF16, "cuda") < 5e-6
+    assert small.after_norm(3, 600, 33, 4, True, bias=True, parts=3, dtype=BF16, device="cuda") < 4e-2
     assert small.gate("swiglu_clamped", BF16, "cuda", 2, 523) < 8e-3
     for window in (None, 5):
         assert World(LENGTHS, window=window, dtype=BF16, device="cuda").error(MIXED) < 3e-2

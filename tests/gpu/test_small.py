@@ -19,7 +19,7 @@ from slipstream.ops.attention_input.triton import attention_input
 from slipstream.ops.linear.triton_few import Few
 from slipstream.ops.norm.triton import add_norm
 from slipstream.ops.rope import Turns
-from slipstream.ops.router.triton import router
+from slipstream.ops.router.triton import add_norm_router, router
 from slipstream.ops.sampling import Row
 from slipstream.ops.sampling.reference import sample, stream
 from slipstream.ops.sampling.torch import sample as batched
@@ -88,6 +88,97 @@ def test_router(experts: int, top_k: int, dtype: torch.dtype) -> None:
 )
 def test_router_with_its_product(tokens: int, hidden: int, experts: int, dtype: torch.dtype) -> None:
     assert cases.route_product(tokens, hidden, experts, dtype, "cuda") < {F32: 1e-5, BF16: 2e-2, F16: 3e-3}[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("experts", "top_k", "width"), [(32, 4, 2880), (128, 8, 2048), (8, 2, 4096), (256, 7, 1000), (7, 1, 60)]
+)
+def test_router_in_one_kernel(experts: int, top_k: int, width: int, dtype: torch.dtype) -> None:
+    for tokens, (softmax_first, renormalize) in zip(
+        (1, 5, 8), ((False, True), (True, True), (True, False)), strict=True
+    ):
+        assert cases.choose(experts, top_k, softmax_first, renormalize, dtype, "cuda", tokens, width) < 5e-6
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("width", "experts", "top_k", "first", "bias", "parts", "left_k", "sort"),
+    [(2880, 32, 4, False, True, 0, 1, False), (2880, 128, 4, False, True, 2, 1, False),
+     (2048, 128, 8, True, False, 4, 1, False), (2048, 128, 8, True, False, 1, 8, True), (4096, 8, 2, True, False, 0, 1, False),
+     (8192, 60, 5, True, True, 2, 4, False), (333, 33, 3, False, False, 3, 2, False)],
+)  # fmt: skip
+def test_norm_and_router_in_one_kernel(
+    rows: int, width: int, experts: int, top_k: int, first: bool, bias: bool, parts: int, left_k: int, sort: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    options: dict[str, Any] = {"bias": bias, "parts": parts, "left_k": left_k, "sort": sort, "device": "cuda"}
+    most = {F32: 1e-5, BF16: 4e-2, F16: 5e-3}[dtype]
+    for again in (True, False) if first else (True,):
+        assert cases.after_norm(rows, width, experts, top_k, first, again, dtype=dtype, **options) < most
+    if dtype != F32:  # a residual that is wider than the norm of it
+        assert cases.after_norm(rows, width, experts, top_k, first, dtype=dtype, wide=True, **options) < most
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize(("width", "experts", "top_k"), [(2048, 128, 8), (2880, 32, 4), (8192, 256, 5)])
+def test_who_comes_last_changes_nothing(width: int, experts: int, top_k: int, tokens: int) -> None:
+    """200 repeats of two calls by turns: memory holds the other's logits, so that what is read too early shows."""
+    first, second = [], []
+    for seed, found in enumerate((first, second)):
+        torch.manual_seed(seed)
+        x, norm = torch.randn(tokens, width, device="cuda").bfloat16(), torch.rand(width, device="cuda").bfloat16()
+        layer = cases.Layer((torch.randn(experts, width, device="cuda") * width**-0.5).bfloat16(), None)
+        layer.arrived = torch.zeros(8, dtype=torch.int32, device="cuda")
+        pairs = cases.left(tokens, width, 1, 4, False, BF16, "cuda")[0]
+        found += [x, pairs, norm, 1e-5, layer, top_k]
+    wanted = [[t.clone() for t in add_norm_router(*call, softmax_first=True)] for call in (first, second)]
+    assert not torch.equal(wanted[0][2], wanted[1][2])
+    found = [add_norm_router(*call, softmax_first=True) for _ in range(200) for call in (first, second)]
+    for i, made in enumerate(found):
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted[i % 2], strict=True)), i
+    for _ in range(200):  # the same memory each time
+        for call, want in zip((first, second), wanted, strict=True):
+            made = add_norm_router(*call, softmax_first=True)
+            assert all(torch.equal(a, b) for a, b in zip(made, want, strict=True))
+    assert not first[4].arrived.any() and not second[4].arrived.any()
+
+
+@pytest.mark.parametrize(
+    ("width", "experts", "top_k", "parts"), [(2048, 128, 8, 4), (2880, 128, 4, 0), (2880, 32, 4, 0)]
+)
+def test_how_long_norm_and_router_take(width: int, experts: int, top_k: int, parts: int) -> None:
+    """Prints it, in a graph of 100 of them, and what three kernels take."""
+    layer = cases.Layer(torch.randn(experts, width, device="cuda").bfloat16(), None)
+    arrived = torch.zeros(8, dtype=torch.int32, device="cuda")
+    for tokens in (1, 2, 4, 8):
+        x, delta, norm = torch.randn(3, tokens, width, device="cuda").bfloat16().unbind()
+        more: Any = cases.left(tokens, width, 1, parts, False, BF16, "cuda")[0] if parts else delta
+        took = []
+        for kernels in (3, 2, 1):
+            layer.arrived = None if kernels == 3 else arrived
+
+            def call(x: Tensor = x, more: Any = more, norm: Tensor = norm[0], kernels: int = kernels) -> Any:
+                if kernels == 1:
+                    return add_norm_router(x, more, norm, 1e-5, layer, top_k, softmax_first=True)
+                return router(add_norm(x, more, norm, 1e-5)[1], layer, top_k, softmax_first=True)
+
+            call()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(100):
+                    call()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            start.record()
+            for _ in range(10):
+                graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            took.append(f"{start.elapsed_time(end):.2f} us in {kernels}")  # ms of a thousand
+        print(f"{tokens} tokens, {width} x {experts}: {', '.join(took)} kernels")
 
 
 @DTYPES
@@ -192,6 +283,11 @@ def test_a_graph_gives_what_eager_gives(rows: int, dtype: torch.dtype) -> None:
     captured(lambda: router(x[:, :32], torch.clone, 4, softmax_first=False))
     layer = cases.Layer(torch.randn(32, 2880, device="cuda").to(dtype), None)
     captured(lambda: router(x, layer, 4, softmax_first=False))
+    if rows == 1:
+        layer.arrived = torch.zeros(8, dtype=torch.int32, device="cuda")
+        captured(lambda: router(x, layer, 4, softmax_first=False))
+        captured(lambda: add_norm_router(x, pairs, weight[0], 1e-5, layer, 4, softmax_first=False))
+        assert not layer.arrived.any()
     captured(lambda: [activation(x, "swiglu_clamped")])
     asked = entry.case(64, True, dtype, "cuda", (rows, 8, 2, 64, 40))
     captured(lambda: [attention_input(**asked), asked["keys"].clone(), asked["values"].clone()])
@@ -236,13 +332,14 @@ def test_a_chain_replayed_200_times_gives_what_eager_gives(tokens: int, fused: b
         return (torch.randn(shape, generator=random, device="cuda") * shape[-1] ** -0.5).bfloat16()
 
     weights = [[floats(5120, 2880), floats(2880, 4096), floats(32, 2880)] for _ in range(4)]
+    counters = torch.zeros(4, 8, dtype=torch.int32, device="cuda")
     turns = Turns(bounds[1].long(), torch.rand(32, generator=random, device="cuda"), 1.0, BF16)
     start, one, few = floats(tokens, 2880), torch.ones(2880, dtype=BF16, device="cuda"), Few()
 
     def run() -> list[Tensor]:
         x, delta = start, start
         found = []
-        for qkv, out, route in weights:
+        for (qkv, out, route), arrived in zip(weights, counters, strict=True):
             x, h = add_norm(x, delta, one, 1e-5)
             h = few(h, (qkv,), None).view(tokens, 80, 64)
             if fused:
@@ -250,8 +347,12 @@ def test_a_chain_replayed_200_times_gives_what_eager_gives(tokens: int, fused: b
             else:
                 q = attention_input(h, turns, None, keys, values, slots)
                 a = attention(q, keys, values, batch, group, scale=0.125, sinks=made.extra)
-            x, h = add_norm(x, few(a.view(tokens, 4096), (out,), None), one, 1e-5)
-            ids, shares = router(h, cases.Layer(route, None), 4, softmax_first=False)
+            more, layer = few(a.view(tokens, 4096), (out,), None), cases.Layer(route, None, arrived)
+            if tokens <= 8:
+                x, h, ids, shares = add_norm_router(x, more, one, 1e-5, layer, 4, softmax_first=False)
+            else:
+                x, h = add_norm(x, more, one, 1e-5)
+                ids, shares = router(h, layer, 4, softmax_first=False)
             delta = activation(torch.cat((h, h * shares.sum()), 1), "silu")
             found += [a, ids, shares, delta]
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +33,11 @@ from slipstream.ops.attention_input.triton import attention_input as triton_inpu
 from slipstream.ops.choose import Case
 from slipstream.ops.moe import Pairs
 from slipstream.ops.norm.reference import add_norm as norm_reference
-from slipstream.ops.norm.triton import _add_norm
+from slipstream.ops.norm.triton import REGISTERS, _add_norm
 from slipstream.ops.norm.triton import add_norm as triton_norm
+from slipstream.ops.router.kernels import at_once, choice, part
 from slipstream.ops.router.reference import router as router_reference
-from slipstream.ops.router.triton import TILE, _part, _router
+from slipstream.ops.router.triton import BLOCK, TILE, add_norm_router
 from slipstream.ops.router.triton import router as triton_router
 from slipstream.ops.sampling import Row
 from slipstream.ops.sampling.reference import draw as draw_reference
@@ -163,6 +165,7 @@ def route(
     """Numbers that often are equal, so that the order of equal ones shows; then a NaN, infinities and nothing."""
     torch.manual_seed(experts)
     logits = inside_nan((4 * torch.randn(tokens, experts)).round().div(2).to(device, dtype))
+    logits[11] = torch.zeros(experts).where(torch.arange(experts) % 2 == 1, -0.0)
     options = {"softmax_first": softmax_first, "renormalize": renormalize}
     ids, weights = triton_router(logits, torch.clone, top_k, **options)
     want_ids, want = router_reference(logits, torch.clone, top_k, **options)
@@ -183,10 +186,11 @@ def route(
 
 @dataclass
 class Layer:
-    """A linear layer whose weight can be had, and which must not be called."""
+    """A linear layer whose weight can be had, and which must not be called. Without `arrived` a kernel cannot do all at once."""
 
     dense: Tensor
     bias: Tensor | None
+    arrived: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         raise AssertionError("the kernel has the weight")
@@ -217,6 +221,101 @@ def route_product(
     bad[0, 5] = torch.nan
     assert triton_router(bad, layer, 3, softmax_first=True)[1].isnan().any(-1).nonzero().tolist() == [[0]]
     return worst
+
+
+SPECIAL = {2: torch.nan, 3: torch.inf, 4: -torch.inf, 5: -torch.nan}
+
+
+def choose(
+    experts: int, top_k: int, softmax_first: bool, renormalize: bool, dtype: torch.dtype = F32, device: str = "cpu",
+    tokens: int = 3, width: int = 52,
+) -> float:  # fmt: skip
+    """Product and choice in one kernel, of logits that are small integers, exact in any order of sums and often equal; then with
+    biases that are no number or infinite; then of zeros with either sign."""
+    torch.manual_seed(experts)
+    options = {"softmax_first": softmax_first, "renormalize": renormalize}
+    x = torch.randint(-2, 3, (tokens, width)).to(device, dtype)
+    rows = torch.zeros(experts, width).scatter_(1, torch.randint(width, (experts, 3)), 1.0)
+    layer = Layer(inside_nan(rows.to(device, dtype)), None, torch.zeros(8, dtype=torch.int32, device=device))
+    biases: list[Tensor | None] = [None, *torch.randint(-2, 3, (2, experts)).to(device, dtype)]
+    biases[2] = biases[1] - 20  # type: ignore[operator]  # all below zero
+    for i, value in SPECIAL.items():
+        biases.append(torch.full((experts,), value).where(torch.arange(experts) % 7 == i, 1.0).to(device, dtype))
+    worst = 0.0
+    for bias in (*biases, torch.full((experts,), -torch.inf, dtype=dtype, device=device)):
+        layer.bias = bias
+        ids, weights = triton_router(inside_nan(x), layer, top_k, **options)
+        logits = x @ layer.dense.T if bias is None else x @ layer.dense.T + bias
+        want_ids, want = router_reference(logits, torch.clone, top_k, **options)
+        assert torch.equal(weights.isnan(), want.isnan()), (bias, weights, want)
+        assert torch.equal(ids, want_ids), (bias, ids, want_ids)
+        if want.isfinite().all():
+            worst = max(worst, off(weights, want))
+        assert layer.arrived is not None and not layer.arrived.any()
+    layer.bias, size = None, 64  # a row with nothing beyond its end that would make a zero of it
+    signs = torch.ones(experts, size).where(torch.arange(experts)[:, None] % 3 == 0, -1.0).to(device, dtype)
+    layer.dense, x = signs, torch.full((tokens, size), -0.0, dtype=dtype, device=device)
+    assert torch.equal(triton_router(x, layer, top_k, **options)[0].cpu(), torch.arange(top_k).int().expand(tokens, -1))
+    assert triton_router(x[:0], layer, top_k, **options)[0].shape == (0, top_k)
+    return worst
+
+
+def after_norm(
+    rows: int, width: int, experts: int, top_k: int, softmax_first: bool, renormalize: bool = True, bias: bool = False,
+    parts: int = 0, left_k: int = 1, sort: bool = False, dtype: torch.dtype = F32, device: str = "cpu", wide: bool = False,
+) -> float:  # fmt: skip
+    """Residual, norm, product and choice in one kernel, against one after the other. The sum is exact.
+
+    Args:
+        parts: of what experts or a product left to add; 0: what is to be added is a tensor.
+        wide: the residual is float32, and the norm of it in the dtype of the weight.
+    """
+    torch.manual_seed(width)
+    kept = F32 if wide else dtype
+    x = inside_nan((3 * torch.randn(rows, width)).to(device, kept))
+    delta: Any = inside_nan(torch.randn(rows, width).to(device, dtype))
+    if parts:
+        delta = left(rows, width, left_k, parts, sort, dtype, device)[0]
+    norm = (torch.rand(width) + 0.5).to(device, dtype if width % 4 else F32)
+    weight = inside_nan((torch.randn(experts, width) * width**-0.5).to(device, dtype))
+    layer = Layer(weight, torch.randn(experts).to(device, dtype) if bias else None)
+    layer.arrived = torch.zeros(8, dtype=torch.int32, device=device)
+    options = {"softmax_first": softmax_first, "renormalize": renormalize}
+
+    def run(x: Tensor, delta: Any, top_k: int = top_k) -> tuple[Tensor, ...]:
+        return add_norm_router(x, delta, norm, 0.1, layer, top_k, **options)
+
+    total, normed, ids, weights = found = run(x, delta)
+    for i in {0, rows // 2} if isinstance(delta, Tensor) else ():
+        one = run(x[i : i + 1], delta[i : i + 1])
+        assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(one, found, strict=True)), "a row by itself"
+    assert all(torch.equal(a, b) for a, b in zip(run(x, delta), found, strict=True))
+    if not wide:
+        two = triton_norm(x, delta, norm, 0.1)
+        assert torch.equal(total, two[0]) and off(normed, two[1]) <= (1e-6 if dtype == F32 else 1e-2)
+    added = delta.double() if isinstance(delta, Tensor) else left(rows, width, left_k, parts, sort, dtype, device)[1]
+    assert total.dtype == kept and off(total, x.double() + added) < (1e-6 if kept == F32 else 8e-3)
+    exact = norm_reference(total.double(), None, norm.double(), 0.1)[1]
+    logits = normed.double() @ weight.double().T
+    logits = logits if layer.bias is None else logits + layer.bias.double()
+    shares = (logits.softmax(-1) if softmax_first else logits).gather(1, ids.long())
+    if not softmax_first:
+        shares = shares.softmax(-1)
+    elif renormalize:
+        shares = shares / shares.sum(-1, keepdim=True)
+    clear = logits.sort(-1).values.diff(dim=-1).amin(-1) > (1e-5 if dtype == F32 else 0.04)
+    want = logits.sort(-1, descending=True).indices[:, :top_k]
+    assert torch.equal(ids[clear].long(), want[clear]) and (clear.any() or dtype != F32)
+    assert normed.dtype == dtype and ids.dtype == torch.int32 and not layer.arrived.any()
+    same, alone, *picked = run(total, None)
+    assert same is total and all(torch.equal(a, b) for a, b in zip((alone, *picked), found[1:], strict=True))
+    bad = x.clone()
+    bad[0, 5] = torch.nan
+    total, normed, ids, weights = run(bad, delta)
+    for t in (total, normed, weights):
+        assert t.isnan().any(-1).nonzero().tolist() == [[0]]
+    assert run(x[:0], None)[3].shape == (0, top_k)
+    return max(off(found[1], exact), off(found[3], shares))
 
 
 def gate(kind: str, dtype: torch.dtype = F32, device: str = "cpu", rows: int = 5, inner: int = 523) -> float:
@@ -304,6 +403,15 @@ def interpreted() -> dict[str, Callable[[], float | None]]:
     for i, (first, again) in enumerate(((False, True), (True, True), (True, False))):
         cases[f"router-{i}"] = partial(route, 7, 3, first, again)
         cases[f"router-32-{i}"] = partial(route, 32, 4, first, again)
+        for experts, k in ((23, 1), (7, 3), (37, 8)):
+            cases[f"choose-{k}-{i}"] = partial(choose, experts, k, first, again)
+        cases[f"after-norm-{i}"] = partial(after_norm, 3 + i, 60 + 21 * i, 9 + i, 1 + 2 * i, first, again, i != 1)
+        cases[f"after-norm-left-{i}"] = partial(
+            after_norm, 3 - i, 100 + 33 * i, 42 - 13 * i, 8 - i, first, again, i == 1, 4 - i
+        )
+    cases["after-norm-experts"] = partial(after_norm, 5, 36, 7, 2, True, parts=2, left_k=4)
+    cases["after-norm-sorted"] = partial(after_norm, 3, 70, 33, 4, False, bias=True, parts=1, left_k=8, sort=True)
+    cases["after-norm-1"] = partial(after_norm, 1, 1030, 32, 4, False, bias=True, parts=3)
     cases["router-256"], cases["router-300"] = partial(route, 256, 16, True, True), partial(route, 300, 5, False, True)
     cases["router-128"] = partial(route, 128, 8, True, True)
     cases["router-product"], cases["router-product-1"] = route_product, partial(route_product, 1, 130, 40)
@@ -348,7 +456,12 @@ def test_they_serve_both_modes_and_say_what_they_need(
 
 LEFT = {"eps": "fp32", "sums": "*fp32", "ids": "*i32", "shares": "*fp32", "places": "*i32", "num_pairs": "i32"}
 NOT_LEFT = {"sums": None, "ids": None, "shares": None, "places": None, "TOP_K": 0, "PARTS": 0}
-ROUTER = {"SOFTMAX_FIRST": False, "RENORMALIZE": True, "ROUND": tl.bfloat16}
+CHOICE = {"SOFTMAX_FIRST": False, "RENORMALIZE": True}
+ROUTER = {**CHOICE, "ROUND": tl.bfloat16}
+AT_ONCE = {"eps": "fp32", "logits": "*fp32", "arrived": "*i32", "ids": "*i32", "weights": "*fp32", "sums": "*fp32"} | {
+    "left_ids": "*i32", "shares": "*fp32", "places": "*i32", "num_pairs": "i32"
+}  # fmt: skip
+ALL_GIVEN = {"sums": None, "left_ids": None, "shares": None, "places": None, "LEFT_K": 0, "PARTS": 0}
 KERNELS: dict[
     str, tuple[Any, dict[str, Any], dict[str, str], int]
 ] = {  # constants, types that are not bf16 or i32, warps
@@ -362,25 +475,36 @@ KERNELS: dict[
         {"positions": "*i64", "freq": "*fp32", "slots": "*i64", "factor": "fp32", "eps": "fp32"},
         4,
     ),
-    "router": (
-        _router,
-        {"EXPERTS": 32, "TOP_K": 4, "PARTS": 15, "COUNT": True, **ROUTER},
+    "router": (choice, {"EXPERTS": 32, "PARTS": 15, **ROUTER}, {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"}, 1),
+    "router_512": (
+        choice,
+        {"EXPERTS": 512, "PARTS": 11, **ROUTER},
         {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"},
         1,
     ),
-    "router_256": (
-        _router,
-        {"EXPERTS": 256, "TOP_K": 8, "PARTS": 11, "COUNT": True, **ROUTER},
-        {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"},
+    "at_once": (at_once, {"EXPERTS": 128, "WARPS": 8, "SIZE": 4096, **CHOICE, **ALL_GIVEN}, AT_ONCE, 8),
+    "at_once_left": (
+        at_once,
+        {"EXPERTS": 128, "WARPS": 8, "SIZE": 2048, "SOFTMAX_FIRST": True, "RENORMALIZE": True}
+        | {"delta": None, "bias": None, "places": None, "LEFT_K": 1, "PARTS": 4},
+        AT_ONCE,
         8,
     ),
-    "router_512": (
-        _router,
-        {"EXPERTS": 512, "TOP_K": 16, "PARTS": 11, "COUNT": False, **ROUTER},
-        {"logits": "*fp32", "ids": "*i32", "weights": "*fp32"},
-        1,
+    "at_once_normed": (
+        at_once,
+        {"EXPERTS": 32, "WARPS": 8, "SIZE": 4096, **CHOICE, **ALL_GIVEN}
+        | {"delta": None, "scale": None, "total": None, "out": None},
+        AT_ONCE,
+        8,
     ),
-    "router_product": (_part, {"STEPS": 3, "BLOCK_N": 32, **TILE}, {"out": "*fp32"}, 4),
+    "at_once_widest": (at_once, {"EXPERTS": 256, "WARPS": 16, "SIZE": 8192, **CHOICE, **ALL_GIVEN}, AT_ONCE, 16),
+    "at_once_float32": (
+        at_once,
+        {"EXPERTS": 64, "WARPS": 16, "SIZE": 8192, **CHOICE, **ALL_GIVEN},
+        AT_ONCE | dict.fromkeys(("x", "delta", "scale", "weight", "bias", "total", "out"), "*fp32"),
+        16,
+    ),
+    "router_product": (part, {"STEPS": 3, "BLOCK_N": 32, **TILE}, {"out": "*fp32"}, 4),
     "activation": (_gate, {"KIND": "swiglu_clamped", "BLOCK": 512}, {"limit": "fp32"}, 4),
     "race": (
         _race,
@@ -420,6 +544,29 @@ NUMBERS = (
 )  # fmt: skip
 
 
+LOADS = {
+    "at_once_left": 1 + 4 * 2,
+    "add_left": 1 + 8 * 2,
+    "add_left_sorted": 1 + 8 * 2,
+}  # four numbers each, or eight of x
+
+
+def counts_right(before: str, after: str, weights: int) -> None:
+    """What the kernel's docstring says of who sees what, in PTX: stores, a barrier, one thread's add that releases and acquires, a
+    barrier, loads past the L1. Then each warp goes on by itself."""
+    words = r"bar\.sync|(?<=@)%p\d+ atom\S+|(?:ld|st|atom|red)\.global\S*|redux\S+|fence\S*|membar\S*"
+    found = re.findall(words, after)
+    (at,) = (i for i, word in enumerate(found) if "atom" in word)
+    assert re.fullmatch(r"%p\d+ atom\.global\.gpu\.acq_rel\.add\.u32", found[at]), found[at]
+    assert found[at - 2 : at] == ["st.global.b32", "bar.sync"] and found[at + 1] == "bar.sync", found
+    rest = [word for word in found[at + 2 :] if not word.startswith("redux")]
+    assert rest[0] == "st.global.b32" and rest[1].startswith("ld.global.cg") and "bar.sync" not in rest, rest
+    assert (
+        all(word.startswith("ld.global.cg") for word in rest if word.startswith("ld")) and "redux.sync.max.s32" in found
+    )
+    assert len(re.findall(r"ld\.global\.v4", before)) >= weights, "weights are there before the tokens are"
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_it_compiles_for_hopper_without_spills(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import triton
@@ -438,21 +585,35 @@ def test_it_compiles_for_hopper_without_spills(name: str, monkeypatch: pytest.Mo
         for i, a in enumerate(kernel.arg_names)
         if signature[a][0] == "*" or "stride" in a or a in ("width", "hidden", "inner")
     }
+    if kernel is at_once:
+        constants = constants | {"BLOCK_N": BLOCK}
+        signature["BLOCK_N"] = "constexpr"
     source = ASTSource(kernel, signature, constants, whole)
     options = {"num_warps": warps, "enable_fp_fusion": name != "change"}
+    if kernel in (at_once, choice) or name.startswith("add_left"):
+        options["maxnreg"] = REGISTERS
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = made.asm["ptx"]
-    if name in ("change", "filter"):
-        cubin = tmp_path / "cubin"
-        cubin.write_bytes(made.asm["cubin"])
+    cubin = tmp_path / "cubin"
+    cubin.write_bytes(made.asm["cubin"])
+
+    def dump(what: str) -> str:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        used = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
+
+    if name in ("change", "filter") or "maxnreg" in options:
+        used = dump("-res-usage")
         assert "STACK:0 " in used and "LOCAL:0 " in used, used
         assert name != "change" or "fma" not in ptx  # products are rounded before they are added, as in the reference
     before, wait, after = ptx.partition("griddepcontrol.wait")
     assert bool(wait) == chained == ("griddepcontrol.launch_dependents" in ptx)
     assert not chained or ("st.global" in after and "st.global" not in before)  # an earlier kernel may still read there
     assert name != "attention_input" or ".b16" not in "".join(x for x in ptx.splitlines() if "ld.global" in x)
+    if kernel is at_once:
+        counts_right(before, after, {"at_once_widest": 4 * 2, "at_once_float32": 4 * 4}.get(name, 4))
+    if name in LOADS:  # all of a sum is asked for before any of it is waited for
+        first = re.split(r"FADD|FFMA", dump("-sass").split("ACQBULK")[1])[0]
+        assert len(re.findall(r"LDG\.E\.128", first)) == LOADS[name]
     stack = 32 if name == "attention_input" else 0  # angles of more than 105,615 are reduced by a table on the stack
     held = [line for line in ptx.splitlines() if line.strip().startswith(".local")]
     assert sum(int(line.partition("[")[2].partition("]")[0]) for line in held) <= stack, held

@@ -7,25 +7,41 @@ from torch import Tensor, nn
 
 from slipstream.config import ModelConfig
 from slipstream.layers.linear import Experts, Linear
+from slipstream.layers.norm import Norm, add
 from slipstream.layers.ops import Ops
-from slipstream.parallel.collectives import Delta
+from slipstream.ops.formats import Weight
+from slipstream.ops.router import AT_ONCE, WIDEST, fits
+from slipstream.parallel.collectives import Delta, Parts
 
 
 class MLP(nn.Module):
-    """down(act(gate x) * (up x)), gate and up in one product."""
+    """down(act(gate h) * (up h)) of h = norm(x + delta), gate and up in one product."""
 
     def __init__(self, ops: Ops, config: ModelConfig, *, bias: bool = False) -> None:
         super().__init__()
-        self.activation, self.kind, self.ranks = ops.activation, config.hidden_act, ops.ranks
+        self.activation, self.kind, self.ranks, self.dtype = ops.activation, config.hidden_act, ops.ranks, ops.dtype
         self.gate_up = Linear(ops, config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor) -> Delta:  # (tokens, hidden)
-        return self.ranks.reduce(self.down.left(self.activation(self.gate_up(x), self.kind)))
+    def forward(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Delta]:  # (tokens, hidden)
+        """x + delta, and the answer to it."""
+        x, h = add(norm, x, delta, self.dtype)
+        return x, self.ranks.reduce(self.down.left(self.activation(self.gate_up(h), self.kind)))
+
+
+class Router(Linear):
+    """Its logits say which experts a token goes to. `arrived` is for a kernel to count in; see ops/router."""
+
+    arrived: Tensor | None = None
+
+    def accept(self, *weights: Weight, shared: bool = False) -> None:
+        super().accept(*weights, shared=shared)
+        if self.dense is not None and self.dense.shape[1] <= WIDEST:
+            self.arrived = torch.zeros(AT_ONCE, dtype=torch.int32, device=self.dense.device)
 
 
 class MoE(nn.Module):
-    """A router picks top_k experts for each token and weighs their answers.
+    """A router picks top_k experts for each token of norm(x + delta) and weighs their answers.
 
     Args:
         softmax_first: probabilities over all experts, then the best (Mixtral, Qwen); else over the best only (gpt-oss).
@@ -49,30 +65,38 @@ class MoE(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.pick, self.experts, self.activation = ops.router, ops.experts, ops.activation
-        self.kind, self.limit, self.ranks = kind, config.swiglu_limit, ops.ranks
+        self.pick, self.after_norm = ops.router, ops.add_norm_router
+        self.experts, self.activation = ops.experts, ops.activation
+        self.kind, self.limit, self.ranks, self.dtype = kind, config.swiglu_limit, ops.ranks, ops.dtype
         self.top_k, self.softmax_first, self.renormalize = config.num_experts_per_tok, softmax_first, renormalize
         self.num_experts = n = config.num_experts
         hidden, inner = config.hidden_size, config.moe_intermediate_size
-        self.router = Linear(ops, hidden, n, bias=bias)
+        self.router = Router(ops, hidden, n, bias=bias)
         self.picked: Tensor | None = None
         self._numbers: Tensor | None = None
         own = n if ops.ranks.experts is None else len(ops.ranks.experts)
         self.gate_up = Experts(ops, own, hidden, 2 * inner, gated=True, bias=bias)
         self.down = Experts(ops, own, inner, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Delta:  # (tokens, hidden)
-        ids, weights = self.route(x)
+    def forward(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Delta]:  # (tokens, hidden)
+        """x + delta, and the answer to it."""
+        x, h, ids, weights = self.route(norm, x, delta)
         own = ids if self.ranks.experts is None else self._number(ids, self.ranks.experts)
         out = self.experts.kernel.experts(
-            x, own, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
+            h, own, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
         )
-        return self.ranks.reduce(out) if self.ranks.experts is None else self.ranks.combine(out, ids)
+        return x, self.ranks.reduce(out) if self.ranks.experts is None else self.ranks.combine(out, ids)
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of each token and their shares, (tokens, top_k) each."""
-        first, scale = self.softmax_first, self.renormalize
-        return self.pick(x, self.router, self.top_k, softmax_first=first, renormalize=scale)
+    def route(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x + delta, the norm of it, the experts of each token and their shares, (tokens, top_k) each."""
+        how = {"softmax_first": self.softmax_first, "renormalize": self.renormalize}
+        both = (
+            None if isinstance(delta, Parts) else self.after_norm
+        )  # a sum over ranks is one kernel with its norm already
+        if norm is not None and both is not None and fits(len(x), self.router):
+            return both(x, delta, norm.weight, norm.eps, self.router, self.top_k, **how)
+        x, h = add(norm, x, delta, self.dtype)
+        return x, h, *self.pick(h, self.router, self.top_k, **how)
 
     def _number(self, ids: Tensor, own: range) -> Tensor:
         """The numbers that experts have on this rank, -1 for those of others. What was picked is counted: nothing waits for it."""

@@ -26,3 +26,11 @@ class Norm(nn.Module):
         if isinstance(delta, Parts):
             return delta.add_norm(x, self.weight, self.eps, self.dtype)
         return self.add_norm(x, delta, self.weight, self.eps, self.dtype)
+
+
+def add(norm: Norm | None, x: Tensor, delta: Delta | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x + delta, and the norm of it if there is one, in `dtype`."""
+    if norm is not None:
+        return norm.add(x, delta)
+    x = x if delta is None else x + whole(delta)
+    return x, x.to(dtype)

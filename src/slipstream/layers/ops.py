@@ -30,6 +30,7 @@ class Ops:
         decode: attention_input and attention in one, for steps in which every sequence has one query, where there is such a kernel.
         row_by_row: cos, sin and tanh are taken of each row alone. On a CPU, torch computes the last numbers of a tensor and of
             a thread's share by other code than the rest, whose last bit may differ.
+        add_norm_router: for what ops/router: fits, in place of add_norm and router; None if no kernel does what both do.
         adds: add_norm takes sums that a product or the experts left to it (ops/moe: Pairs).
         wide_rows: a step of at most so many tokens carries x from layer to layer in float32, and so what is added to it, where a
             kernel gives that. Of all roundings to bfloat16 these are the ones that logits feel most, and in a step of few tokens
@@ -50,6 +51,7 @@ class Ops:
     pick: Any = None
     draw: Any = None
     row_by_row: bool = False
+    add_norm_router: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
     adds: bool = False
     wide_rows: int = WIDE_ROWS
     used: Used | None = None  # counts what runs, if that was asked for

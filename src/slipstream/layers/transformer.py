@@ -12,17 +12,18 @@ from slipstream.cache.storage import Storage
 from slipstream.config import ModelConfig
 from slipstream.layers.attention import Attention
 from slipstream.layers.linear import Embedding, Linear
-from slipstream.layers.norm import Norm
+from slipstream.layers.norm import Norm, add
 from slipstream.layers.ops import Ops
 from slipstream.ops.rope import Turns, inverse_frequencies
-from slipstream.parallel.collectives import Delta, Together, whole
+from slipstream.parallel.collectives import Delta, Together
 
 
 class Layer(nn.Module):
     """x + attention(norm x), then x + mlp(norm x). Any of the four norms may be absent:
     before (most models), after (OLMo 2), or both (Gemma).
 
-    An addition is left to the norm that comes next, which does both at once; the last one to the next layer."""
+    An addition is left to the norm that comes next, which does both at once; the last one to the next layer. The MLP is given its
+    norm to call: where it begins with a router, one kernel can do both."""
 
     def __init__(
         self,
@@ -42,17 +43,10 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, delta: Delta | None, batch: Batch, cache: Storage, turns: Sequence[Turns]
     ) -> tuple[Tensor, Delta]:  # each (tokens, hidden), and so are the two it returns
-        x, h = self._add(self.before_attention, x, delta)
+        x, h = add(self.before_attention, x, delta, self.attention.ops.dtype)
         h = self.attention(h, batch, cache, turns)
-        x, h = self._add(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
-        h = self.mlp(h)
+        x, h = self.mlp(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
         return x, h if self.after_mlp is None else self.after_mlp(h)
-
-    def _add(self, norm: Norm | None, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
-        if norm is not None:
-            return norm.add(x, delta)
-        x = x if delta is None else x + whole(delta)
-        return x, x.to(self.attention.ops.dtype)
 
 
 class Transformer(nn.Module):

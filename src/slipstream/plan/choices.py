@@ -125,11 +125,13 @@ def choose_ops(
         return kernels[key]
 
     fns = {op: counted(choice) for op, choice in chosen.items()}
+    both = router.with_norm(chosen["norm"].name, chosen["router"].name)
     table = Ops(
         add_norm=fns["norm"], attention_input=fns["attention_input"], attention=fns["attention"],
         decode=None if fused is None else counted(chosen["attention"], fused),
         activation=fns["activation"], router=fns["router"], experts=ExpertsChoice(), linear=kernel, dtype=dtype,
         sample=fns["sampling"], pick=fns["pick"], draw=fns["draw"],
+        add_norm_router=None if both is None else counted(chosen["router"], both),
         row_by_row=asked.batch_invariant and case.device == "cpu", adds=chosen["norm"].name in norm.ADDS, used=used,
         wide_rows=sys.maxsize if asked.batch_invariant else WIDE_ROWS,
     )  # fmt: skip
@@ -190,6 +192,11 @@ def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice],
             )
     if experts is not None and experts.fn.leaves and norms.name in norm.ADDS:
         why["sum of experts"] = f"is part of norm[{norms.name}] in decoding steps"
+    summed = "reduce" in chosen and chosen["reduce"].name == "peers"  # with its norm
+    if experts is not None and not summed and router.with_norm(norms.name, chosen["router"].name) is not None:
+        why["norm before the router"] = (
+            f"is part of router[{chosen['router'].name}] in steps of at most {router.AT_ONCE} tokens"
+        )
     if norms.source and any(getattr(m, "qk_norm", None) == "head" for m in model.modules()):
         entry = chosen["attention_input"]
         why["norms of heads"] = f"are part of attention_input[{entry.name}]; {norms.name} computes all others"

@@ -14,6 +14,8 @@ from slipstream.ops.chain import chain
 from slipstream.ops.moe import Pairs
 from slipstream.ops.moe.kernels import summed
 
+REGISTERS = 128  # of a thread, at most, for 16 warps
+
 
 def add_norm(
     x: Tensor, delta: Tensor | Pairs | None, weight: Tensor, eps: float, dtype: torch.dtype | None = None
@@ -28,7 +30,7 @@ def add_norm(
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _add_norm[(len(rows),)](
                 rows, more, weight, total, out, rows.stride(0), 0 if more is None else more.stride(0), rows.shape[1], eps,
-                *left(pairs), SIZE=size, num_warps=warps(size, pairs), **chain(x.device),
+                *left(pairs), SIZE=size, num_warps=warps(size, pairs), maxnreg=registers(size, pairs), **chain(x.device),
             )  # fmt: skip
     return x if total is None else total.view(x.shape), out.view(x.shape)
 
@@ -47,9 +49,29 @@ def warps(size: int, pairs: Pairs | None) -> int:
     return min(8 if pairs is None else 16, max(1, size // 256))
 
 
+def registers(size: int, pairs: Pairs | None) -> int | None:
+    """Of a thread. Not told so, the assembler takes 64, and so waits for some of what experts left before it asks for more."""
+    return REGISTERS if pairs is not None and size <= 4096 else None
+
+
 def _rows(x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@triton.jit
+def added(  # type: ignore[no-untyped-def]
+    x, delta, row, at, real, x_stride, delta_stride, width, sums, ids, shares, places, num_pairs,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A row of x + delta, or of x and what experts left, as it goes on to the next layer: the norm is of that."""
+    h = tl.load(x + row * x_stride + at, mask=real, other=0)
+    if delta is not None:
+        h = (h.to(tl.float32) + tl.load(delta + row * delta_stride + at, mask=real, other=0).to(tl.float32)).to(h.dtype)
+    if sums is not None:
+        y = summed(sums, ids, shares, places, row, at, real, width, num_pairs, TOP_K, PARTS)
+        h = (h.to(tl.float32) + y.to(h.dtype).to(tl.float32)).to(h.dtype)  # elsewhere their answer is a tensor
+    return h
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -63,15 +85,11 @@ def _add_norm(  # type: ignore[no-untyped-def]
     if CHAIN:
         gdc_launch_dependents()
         gdc_wait()
-    h = tl.load(x + row * x_stride + at, mask=real, other=0).to(tl.float32)
+    h = added(
+        x, delta, row, at, real, x_stride, delta_stride, width, sums, ids, shares, places, num_pairs, TOP_K, PARTS
+    )
     if total is not None:
-        if sums is None:
-            h += tl.load(delta + row * delta_stride + at, mask=real, other=0).to(tl.float32)
-        else:
-            y = summed(sums, ids, shares, places, row, at, real, width, num_pairs, TOP_K, PARTS)
-            h += y.to(total.dtype.element_ty).to(tl.float32)  # the experts' answer, which is a tensor elsewhere
-        h = h.to(total.dtype.element_ty)  # the norm is of the sum as it goes on to the next layer
         tl.store(total + row * width + at, h, mask=real)
-        h = h.to(tl.float32)
+    h = h.to(tl.float32)
     h = h / tl.sqrt_rn(tl.sum(h * h) / width + eps)
     tl.store(out + row * width + at, (h * scale).to(out.dtype.element_ty), mask=real)

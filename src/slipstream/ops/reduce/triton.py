@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from slipstream.ops.chain import chain
 from slipstream.ops.moe import Pairs
 from slipstream.ops.moe.kernels import summed
-from slipstream.ops.norm.triton import left
+from slipstream.ops.norm.triton import left, registers
 from slipstream.ops.reduce import ROWS, WORDS, Slots
 
 
@@ -55,7 +55,7 @@ def _launch(
             mine, before, weight, after, made, slots.table, slots.counts, slots.stop,
             0 if mine is None else mine.stride(0), 0 if before is None else before.stride(0), made.shape[1], eps,
             *left(pairs), RANK=slots.rank, RANKS=slots.size, HALVES=part.itemsize == 2, ROWS=ROWS, MOST=WORDS, SIZE=size,
-            num_warps=min(16, max(1, size // 128)), **chain(out.device),
+            num_warps=min(16, max(1, size // 128)), maxnreg=registers(2 * size, pairs), **chain(out.device),
         )  # fmt: skip
 
 

@@ -4,6 +4,11 @@ x (tokens, hidden); linear gives logits (tokens, experts) of it, rounded to x's 
 (experts, hidden) and a `bias`, an implementation may do the product itself. ids, weights (tokens, top_k), the best expert first,
 and of equal ones the lower number. softmax_first: probabilities over all experts, then the best (Mixtral, Qwen), which
 `renormalize` makes add up to one; else the softmax of the best logits (gpt-oss).
+
+For few tokens a kernel may do all of it at once, if the linear has `arrived`, (tokens) int32, for it to count in: zero before and
+after, and its own, as two engines may run at the same time. The residual and the norm before it can then be part of it:
+
+    add_norm_router(x, delta, weight, eps, linear, top_k, ...) -> total, normed, ids, weights
 """
 
 from __future__ import annotations
@@ -12,6 +17,24 @@ from functools import partial
 from typing import Any
 
 from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant, stands_in
+
+AT_ONCE = 8  # tokens: each makes every program read what is added, and the weights once more
+WIDEST = 8192  # hidden: a program holds rows of the weight in registers
+
+
+def fits(tokens: int, linear: Any) -> bool:
+    """Whether one kernel does all of it."""
+    arrived = getattr(linear, "arrived", None)
+    return arrived is not None and tokens <= len(arrived)
+
+
+def with_norm(norm: str, router: str) -> Any:
+    """`add_norm_router` that does what these two implementations do, for what `fits`; None if there is none."""
+    if (norm, router) != ("triton", "triton"):
+        return None
+    from slipstream.ops.router.triton import add_norm_router
+
+    return add_norm_router
 
 
 def _reference() -> Any:

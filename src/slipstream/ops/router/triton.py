@@ -1,24 +1,30 @@
-"""The router on a GPU: the product in parts of the width, then a program a token counts for each expert how many are better.
+"""The router on a GPU: for a few tokens one kernel, which can make the residual and the norm before it as well; for more a product
+in parts of the width, and a program a token that takes its best experts. From `FEW` on cuBLAS multiplies.
 
-For few tokens cuBLAS takes 6 us for a product as small as this and the choice 2 more; both are 4 us here. Tiles and parts do not
-depend on the number of tokens, so neither do a token's bits while there are at most `few`.
+A step of few tokens is as fast as its kernels follow each other, about 2 us each, whatever they do. For 16 tokens and more cuBLAS
+takes 6 us for a product as small as this and the choice 2 more; both are 4 us here.
+
+In each of the three ways tiles and parts do not depend on the number of tokens, so neither do a token's bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.ops.chain import chain
+from slipstream.ops.moe import Pairs
+from slipstream.ops.norm.triton import REGISTERS, left
+from slipstream.ops.router import fits, kernels
 
 FEW = 512  # tokens, from which on tiles as small as these are slower than cuBLAS
-COUNT = 256  # experts up to which that is faster than to look for the best one top_k times
 TILE = {"BLOCK_M": 16, "BLOCK_K": 64}
+BLOCK = 4  # experts of a program that does all
 
 
 def router(
@@ -30,6 +36,8 @@ def router(
     renormalize: bool = True,
     few: int | None = FEW,  # None: the product is done here for any number of tokens
 ) -> tuple[Tensor, Tensor]:  # each (tokens, top_k)
+    if few is not None and fits(len(x), linear):
+        return _at_once(x, None, None, 0.0, linear, top_k, softmax_first, renormalize)[2:]
     weight: Tensor | None = getattr(linear, "dense", None)
     if few is not None and len(x) > few:
         weight = None
@@ -37,18 +45,72 @@ def router(
     bias = None if weight is None else linear.bias  # type: ignore[attr-defined]
     parts, tokens, experts = sums.shape
     sums = sums if sums.stride(2) == 1 else sums.contiguous()
-    size = triton.next_power_of_2(experts)
-    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
+    ids, weights = _picks(tokens, top_k, x.device)
     if tokens:
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _router[(tokens,)](
+            kernels.choice[(tokens,)](
                 sums, bias, ids, weights, sums.stride(1), sums.stride(0), experts, top_k, ROUND=DTYPES[x.dtype],
                 PARTS=parts, SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first,
-                EXPERTS=size, TOP_K=triton.next_power_of_2(top_k), COUNT=size <= COUNT,
-                num_warps=max(1, size // 32) if size <= COUNT else 1, **chain(x.device),
+                EXPERTS=_room(experts), num_warps=1, maxnreg=REGISTERS, **chain(x.device),
             )  # fmt: skip
     return ids, weights
+
+
+def add_norm_router(
+    x: Tensor,  # (tokens, hidden)
+    delta: Tensor | Pairs | None,
+    norm: Tensor,  # (hidden,)
+    eps: float,
+    linear: Any,
+    top_k: int,
+    *,
+    softmax_first: bool,
+    renormalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """add_norm(x, delta, norm, eps), then router of the norm, which has the dtype of the router's weight. For what `fits`."""
+    return _at_once(x, delta, norm, eps, linear, top_k, softmax_first, renormalize)
+
+
+def _at_once(
+    x: Tensor,
+    delta: Tensor | Pairs | None,
+    norm: Tensor | None,
+    eps: float,
+    linear: Any,
+    top_k: int,
+    softmax_first: bool,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum, the norm, and what was picked; without `norm` x itself twice."""
+    weight: Tensor = linear.dense
+    (tokens, hidden), experts = x.shape, len(weight)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    pairs, more = (delta, None) if isinstance(delta, Pairs) else (None, delta)
+    more = more if more is None or more.stride(1) == 1 else more.contiguous()
+    total = None if delta is None else torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
+    out = None if norm is None else torch.empty(tokens, hidden, dtype=weight.dtype, device=x.device)
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    ids, weights = _picks(tokens, top_k, x.device)
+    size = triton.next_power_of_2(hidden)
+    warps = max(1, min(8 if size <= 4096 else 16, size // 256))
+    if tokens:
+        with torch.cuda.device_of(x):
+            kernels.at_once[(tokens, triton.cdiv(experts, BLOCK))](
+                x, more, norm, weight, linear.bias, total, out, logits, linear.arrived, ids, weights, x.stride(0),
+                0 if more is None else more.stride(0), weight.stride(0), hidden, experts, top_k, eps, *left(pairs),
+                SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first, EXPERTS=_room(experts),
+                WARPS=warps, BLOCK_N=BLOCK, SIZE=size, num_warps=warps, maxnreg=REGISTERS, **chain(x.device),
+            )  # fmt: skip
+    return x if total is None else total, x if out is None else out, ids, weights
+
+
+def _picks(tokens: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    shape = tokens, top_k
+    return torch.empty(shape, dtype=torch.int32, device=device), torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _room(experts: int) -> int:
+    return max(32, triton.next_power_of_2(experts))
 
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -66,79 +128,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         size = max(16, min(64, triton.next_power_of_2(experts)))
         grid = triton.cdiv(tokens, TILE["BLOCK_M"]), parts, triton.cdiv(experts, size)
         with torch.cuda.device_of(x):
-            _part[grid](
+            kernels.part[grid](
                 x, weight, out, x.stride(0), weight.stride(0), tokens, experts, hidden, STEPS=steps_each, BLOCK_N=size,
                 **TILE, **chain(x.device),
             )  # fmt: skip
     return out
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _part(  # type: ignore[no-untyped-def]
-    x, weight, out, x_stride, w_stride, tokens, experts, hidden,
-    STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHAIN: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    expert = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = ()  # the weights, before the tokens are there
-    for i in tl.static_range(STEPS):
-        at = (tl.program_id(1) * STEPS + i) * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = (expert < experts)[None, :] & (at < hidden)[:, None]
-        held += (tl.load(weight + expert[None, :] * w_stride + at[:, None], mask=mask, other=0),)  # type: ignore[assignment]
-    if CHAIN:
-        gdc_launch_dependents()
-        gdc_wait()
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.static_range(STEPS):
-        at = (tl.program_id(1) * STEPS + i) * BLOCK_K + tl.arange(0, BLOCK_K)
-        v = tl.load(x + token * x_stride + at[None, :], mask=(token < tokens) & (at < hidden)[None, :], other=0)
-        total = tl.dot(v, held[i], total, input_precision="ieee")
-    at = (tl.program_id(1) * tokens + token) * experts + expert[None, :]
-    tl.store(out + at, total, mask=(token < tokens) & (expert < experts)[None, :])
-
-
-# What is known of a stride shapes the layout, and so the order of sums: bits are not to depend on it.
-@triton.jit(do_not_specialize=["stride", "part_stride"])
-def _router(  # type: ignore[no-untyped-def]
-    logits, bias, ids, weights, stride, part_stride, experts, top_k, ROUND: tl.constexpr, PARTS: tl.constexpr,
-    SOFTMAX_FIRST: tl.constexpr, RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, COUNT: tl.constexpr,
-    CHAIN: tl.constexpr,
-):  # fmt: skip
-    if CHAIN:
-        gdc_launch_dependents()
-        gdc_wait()
-    row, expert, slot = tl.program_id(0).to(tl.int64), tl.arange(0, EXPERTS), tl.arange(0, TOP_K)
-    x = tl.load(logits + row * stride + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
-    for i in tl.static_range(1, PARTS):
-        x += tl.load(logits + i * part_stride + row * stride + expert, mask=expert < experts, other=0)
-    if bias is not None:
-        x += tl.load(bias + expert, mask=expert < experts, other=0).to(tl.float32)
-    x = x.to(ROUND).to(tl.float32)
-    if SOFTMAX_FIRST:
-        x = tl.exp(x - tl.max(x))
-        x = x / tl.sum(x)
-    # One integer that orders as (number, lower expert): a float's bits order as an integer's do once those of negative ones
-    # are turned; NaN stands above all, as in a sort; what is beyond the experts below all.
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    order = tl.where(x != x, 0x7FFFFFFF, order).to(tl.int64)
-    order = tl.where(expert < experts, order * 65536 + (65535 - expert), -0x7FFFFFFFFFFFFFFF)
-    if COUNT:  # all at once: one look at the best after the other is a chain of reductions
-        slot = tl.sum((order[None, :] > order[:, None]).to(tl.int32), 1)
-        best_ids, best = expert, tl.where(slot < top_k, x, float("-inf"))
-    else:
-        best_ids, best = tl.zeros((TOP_K,), tl.int32), tl.full((TOP_K,), float("-inf"), tl.float32)
-        for i in range(top_k):
-            first = 65535 - (tl.max(order) & 65535).to(tl.int32)
-            value = tl.sum(tl.where(expert == first, x, 0.0))
-            best_ids, best = tl.where(slot == i, first, best_ids), tl.where(slot == i, value, best)
-            order = tl.where(expert == first, -0x7FFFFFFFFFFFFFFF, order)
-    if not SOFTMAX_FIRST:
-        best = tl.exp(best - tl.max(best))
-    else:
-        best = tl.where(slot < top_k, best, 0.0)
-    if RENORMALIZE:
-        best = best / tl.sum(best)
-    tl.store(ids + row * top_k + slot, best_ids, mask=slot < top_k)
-    tl.store(weights + row * top_k + slot, best, mask=slot < top_k)
