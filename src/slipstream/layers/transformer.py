@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,13 @@ class Layer(nn.Module):
         self.before_attention, self.after_attention = before_attention, after_attention
         self.before_mlp, self.after_mlp = before_mlp, after_mlp
 
+    def enter(self, x: Tensor, delta: Delta | None) -> tuple[Tensor, Tensor]:
+        """x + delta, and the norm of it."""
+        return add(self.before_attention, x, delta, self.attention.ops.dtype)
+
     def forward(
-        self, x: Tensor, delta: Delta | None, batch: Batch, cache: Storage, turns: Sequence[Turns]
-    ) -> tuple[Tensor, Delta]:  # each (tokens, hidden), and so are the two it returns
-        x, h = add(self.before_attention, x, delta, self.attention.ops.dtype)
+        self, x: Tensor, h: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]
+    ) -> tuple[Tensor, Delta]:  # what `enter` gave, each (tokens, hidden) -> x, and what is to be added to it
         h = self.attention(h, batch, cache, turns)
         x, h = self.mlp(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
         return x, h if self.after_mlp is None else self.after_mlp(h)
@@ -85,8 +89,12 @@ class Transformer(nn.Module):
             x = x.float()
         turns = self._turns(batch.positions)
         delta: Delta | None = None
-        for layer in self.layers:
-            x, delta = layer(x, delta, batch, cache, turns)
+        for layer in cast(Iterable[Layer], self.layers):
+            x, h = layer.enter(x, delta)
+            delta = (
+                None  # experts leave several numbers for each that is to be added: they are not kept through a layer
+            )
+            x, delta = layer(x, h, batch, cache, turns)
         rows = batch.logits_rows
         if len(rows) < len(x):  # else they are all of them, in order
             x, delta = x[rows], None if delta is None else delta[rows]

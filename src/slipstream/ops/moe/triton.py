@@ -79,8 +79,7 @@ def experts(
     tuned: Experts | None = None,  # what was measured for these weights on this card
     leave: bool = False,
 ) -> Tensor | Pairs:
-    """The weighted sum of each token's experts, like x; to `leave` it, for few pairs, what is to be added. x is bfloat16 or
-    float32. For many pairs a sum that waits would hold memory through the next layer."""
+    """The weighted sum of each token's experts, like x; to `leave` it, what is to be added. x is bfloat16 or float32."""
     tokens, top_k, number = len(x), ids.shape[1], down[0].shape[0]
     if not tokens:
         return torch.empty_like(x)
@@ -94,7 +93,7 @@ def experts(
             tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2, tuned)
             sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, kind, limit), None
     made = Pairs(sums, ids, weights, places, x.dtype)
-    return made if leave and pairs <= WIDE else add(made)
+    return made if leave else add(made)
 
 
 def add(given: Pairs) -> Tensor:

@@ -15,6 +15,7 @@ from slipstream.ops.moe import Pairs
 from slipstream.ops.moe.kernels import summed
 
 REGISTERS = 128  # of a thread, at most, for 16 warps
+ALONE = 128  # rows
 
 
 def add_norm(
@@ -46,12 +47,17 @@ def left(pairs: Pairs | None) -> tuple[Any, ...]:
 
 def warps(size: int, pairs: Pairs | None) -> int:
     """Of a program for a row. One that reads what experts left has several numbers to fetch for each that it makes."""
-    return min(8 if pairs is None else 16, max(1, size // 256))
+    return min(16 if _alone(pairs) else 8, max(1, size // 256))
 
 
 def registers(size: int, pairs: Pairs | None) -> int | None:
     """Of a thread. Not told so, the assembler takes 64, and so waits for some of what experts left before it asks for more."""
-    return REGISTERS if pairs is not None and size <= 4096 else None
+    return REGISTERS if _alone(pairs) and size <= 4096 else None
+
+
+def _alone(pairs: Pairs | None) -> bool:
+    """Whether each program has a multiprocessor to itself, and nothing else to wait for than what it reads."""
+    return pairs is not None and len(pairs) <= ALONE
 
 
 def _rows(x: Tensor) -> Tensor:
