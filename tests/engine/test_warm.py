@@ -148,7 +148,7 @@ def test_every_kernel_of_any_step_is_among_them(
     assert names >= {
         "_attend", "_decode", "_combine", "_attention_input", "_add_norm", "part", "choice", "at_once",
         "_one", "_some", "_race", "_finish",
-        "schedule", "tiles", "add", "gather", "grouped",
+        "schedule", "tiles", "gather", "grouped",
     }  # fmt: skip
     assert len(keys) < 90 and not runner.rows and not runner._sources
     assert all(torch.equal(a, b) for a, b in zip(runner.answers, before, strict=True))
@@ -204,7 +204,9 @@ def test_one_of_two_ranks_speaks_to_nobody(
     assert any(left), "the sum over ranks begins with that of the experts"
     layers = SHAPE["num_hidden_layers"]
     norms = [norm for norm, _ in launched]
-    assert norms.count(True) == 2 * layers * norms.count(False) > 0, (
+    # Of larger steps only the last sum is small, as only rows that get logits are in it.
+    larger = sum(n > 256 for n in warm.sizes(300))
+    assert norms.count(True) - larger == 2 * layers * norms.count(False) > 0 < larger, (
         "but for the embedding, each sum is one with a norm"
     )
     assert max(rows for _, rows in launched) <= 256 and runner.plan.ops.ranks.is_silent is False

@@ -46,10 +46,15 @@ class Layer(nn.Module):
         return add(self.before_attention, x, delta, self.attention.ops.dtype)
 
     def forward(
-        self, x: Tensor, h: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]
+        self, x: Tensor, h: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns], rows: Tensor | None = None
     ) -> tuple[Tensor, Delta]:  # what `enter` gave, each (tokens, hidden) -> x, and what is to be added to it
-        h = self.attention(h, batch, cache, turns)
-        x, h = self.mlp(self.before_mlp, x, h if self.after_attention is None else self.after_attention(h))
+        """`rows`: those of which an answer is wanted, after the attention of the last layer; None is all of them."""
+        delta: Delta = self.attention(h, batch, cache, turns)
+        if rows is not None:
+            x, delta = x[rows], delta[rows]
+        if not len(x):
+            return x, delta
+        x, h = self.mlp(self.before_mlp, x, delta if self.after_attention is None else self.after_attention(delta))
         return x, h if self.after_mlp is None else self.after_mlp(h)
 
 
@@ -89,15 +94,11 @@ class Transformer(nn.Module):
             x = x.float()
         turns = self._turns(batch.positions)
         delta: Delta | None = None
+        rows = None if len(batch.logits_rows) == len(x) else batch.logits_rows  # all of them are in order
         for layer in cast(Iterable[Layer], self.layers):
             x, h = layer.enter(x, delta)
-            delta = (
-                None  # experts leave several numbers for each that is to be added: they are not kept through a layer
-            )
-            x, delta = layer(x, h, batch, cache, turns)
-        rows = batch.logits_rows
-        if len(rows) < len(x):  # else they are all of them, in order
-            x, delta = x[rows], None if delta is None else delta[rows]
+            delta = None  # what experts left is several times as large: it is not kept through a layer
+            x, delta = layer(x, h, batch, cache, turns, rows if layer is self.layers[-1] else None)
         x = self.norm.add(x, delta)[1]
         if isinstance(self.ranks, Together):
             logits = self.ranks.gather(self.head.wide(x), out)
