@@ -12,7 +12,7 @@ that queries can see, which in a layer with a window are its last ones. It compu
     flops = 2 * (tokens * (dense + experts * k / E) + rows * head) + 4 * heads * head_dim * visible
 
 in parameters of matrices; `visible` is the sum of keys that each query sees, over all layers: a product with keys, and one
-with values.
+with values. In the last layer, what comes after attention has `rows` in the place of `tokens`.
 What is written, activations, norms and the sampler are left out, so no machine can be faster than this says.
 """
 
@@ -76,12 +76,13 @@ def _attention(plan: Plan, visible: Callable[[int | None], float]) -> float:
 def _weights(plan: Plan, tokens: int, rows: int) -> Work:
     config = plan.model_config
     share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0.0
-    touched = 1 - (1 - share) ** tokens
+    last = f"layers.{config.num_layers - 1}.mlp."
     read = float(tokens * config.hidden_size * plan.dtype.itemsize)
     flops = 0.0
     held = {item.to: size for item, size in zip(plan.loads, plan.held, strict=True)}
     for item in plan.loads:
         size, matrix = held[item.to], item.to.endswith(".weight") and len(item.shape) > 1
+        given = rows if item.to.startswith(last) else tokens
         count = math.prod(item.shape) if matrix else 0
         if item.to == "embed.weight":
             continue
@@ -89,9 +90,9 @@ def _weights(plan: Plan, tokens: int, rows: int) -> Work:
             read += size or held["embed.weight"]
             flops += 2 * rows * count
         elif len(item.shape) == 3 or (len(item.shape) == 2 and not matrix):  # a stack, or the biases of one
-            read += size * touched
-            flops += 2 * tokens * share * count
+            read += size * (1 - (1 - share) ** given)
+            flops += 2 * given * share * count
         else:
             read += size
-            flops += 2 * tokens * count
+            flops += 2 * given * count
     return Work(read, flops)
