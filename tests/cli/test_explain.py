@@ -6,8 +6,7 @@ import json
 import subprocess
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +15,12 @@ import torch.distributed as dist
 from slipstream.checkpoint.load import load
 from slipstream.checkpoint.open import open_checkpoint
 from slipstream.config import EngineConfig
+from slipstream.engine import warm
 from slipstream.engine.runner import Runner
 from slipstream.parallel.collectives import Together, gather_into
 from slipstream.parallel.shares import Ranks
 from slipstream.plan import Plan, make_plan
 from tests.cli.conftest import Run
-from tests.parity.test_architectures import all_logits
 from tests.parity.tiny import TINY, save
 
 WORDS = ("--dtype", "float32", "--kv-cache-memory-bytes", "8MiB", "--max-model-len", 128, "--device", "cpu")
@@ -70,16 +69,17 @@ def test_bytes_and_ranges_are_those_of_the_ranks(
         assert "0-1 | 2-3 | 4-4" in out and "All-to-all of rows that" in out
 
 
+@pytest.mark.parametrize("seqs", [9, 2])
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma2", "qwen3_moe", "gpt_oss"])
 def test_collectives_are_those_of_a_step(
-    slipstream: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    slipstream: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, seqs: int
 ) -> None:
-    """A step of 9 tokens on one of three ranks, with nobody to talk to."""
+    """A step of 9 tokens on one of three ranks, with nobody to talk to: of 9 sequences, or of two prompts."""
     save(name, tmp_path)
-    words = ("--tensor-parallel-size", 3, "--max-num-batched-tokens", 9, "--max-num-seqs", 9, "--json")
+    words = ("--tensor-parallel-size", 3, "--max-num-batched-tokens", 9, "--max-num-seqs", seqs, "--json")
     steps = {s["tokens"]: s for s in slipstream("explain", tmp_path, *WORDS, *words).json["parallel"]["steps"]}
     assert sorted(steps) == [1, 9]
-    plan = plan_of(tmp_path, 0, 3, max_num_batched_tokens=9, max_num_seqs=9)
+    plan = plan_of(tmp_path, 0, 3, max_num_batched_tokens=9, max_num_seqs=seqs)
     load(plan.model, plan.loads, open_checkpoint(tmp_path), plan.device)
     for tokens, step in steps.items():
         seen: Counter[tuple[str, int]] = Counter()
@@ -94,8 +94,9 @@ def test_collectives_are_those_of_a_step(
                 assert say is dist.all_reduce
 
         monkeypatch.setattr(Together, "_speak", speak)
-        engine = SimpleNamespace(plan=plan, engine=SimpleNamespace(runner=Runner(plan, plan.model)))
-        all_logits(cast(Any, engine), [[i + 1] for i in range(tokens)])
+        parts = [(0, 1)] * tokens if tokens <= seqs else [(0, 4), (0, 5)]
+        with torch.inference_mode():
+            warm._run(Runner(plan, plan.model), parts)
         want: Counter[tuple[str, int]] = Counter()
         for c in step["collectives"]:
             want[c["kind"], c["bytes"]] += c["calls"]

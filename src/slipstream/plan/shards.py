@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,21 +147,22 @@ def collectives(laid: Layout, shards: Sequence[Shard], tokens: int, sequences: i
     if norms:  # squares of queries and keys
         found.append(Collective("norms over all heads", "all_reduce", norms, 2 * tokens * 4))
     found.append(Collective("attention", "all_reduce", config.num_layers, hidden))
-    experts = sum(layer.moe for layer in config.layers)
-    if experts < config.num_layers:
-        found.append(Collective("feed-forward", "all_reduce", config.num_layers - experts, hidden))
-    if experts:
-        ranks = laid.ops.ranks
-        if isinstance(ranks, Together) and ranks.exchange_from is not None and tokens >= ranks.exchange_from:
-            rows = had(laid.ranks.size, config.num_experts_per_tok)
-            found.append(Collective("experts", "all_to_all", experts, round(hidden * rows)))
-            found.append(Collective("experts, added up", "all_gather", experts, hidden))
+    wanted, ranks = min(tokens, sequences), laid.ops.ranks
+    layers = [(layer.moe, tokens) for layer in config.layers]
+    layers[-1] = layers[-1][0], wanted  # it answers for the rows with logits alone
+    for (moe, rows), calls in sorted(Counter(layers).items(), reverse=True):
+        of = ("experts" if moe else "feed-forward") + (" of the last layer" if rows < tokens else "")
+        nbytes = hidden * rows // tokens
+        if moe and isinstance(ranks, Together) and ranks.exchange_from is not None and rows >= ranks.exchange_from:
+            share = had(laid.ranks.size, config.num_experts_per_tok)
+            found.append(Collective(of, "all_to_all", calls, round(nbytes * share)))
+            found.append(Collective(f"{of}, added up", "all_gather", calls, nbytes))
         else:
-            found.append(Collective("experts", "all_reduce", experts, hidden))
+            found.append(Collective(of, "all_reduce", calls, nbytes))
     head = next(item for item in laid.loads if item.to == "head.weight")
     part = next(iter(head.parts()))
     kernel = laid.ops.linear(part.format, part.local[0], part.local[1], head.shared)
     width = max(len(laid.share(r).vocab) for r in range(laid.ranks.size)) * laid.ranks.size
     each = 4 if hasattr(kernel, "wide") else laid.dtype.itemsize
-    found.append(Collective("logits", "all_gather", 1, min(tokens, sequences) * width * each))
+    found.append(Collective("logits", "all_gather", 1, wanted * width * each))
     return tuple(found)
