@@ -167,6 +167,22 @@ def test_every_kernel_of_any_step_is_among_them(
     assert not keys - ahead
 
 
+def test_a_large_step_may_end_in_any_number_of_rows(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x is as the layers compute then, and what experts leave of few rows is as in a decoding step, in more or fewer parts."""
+    runner = hopper.runner_for(
+        tmp_path / "model", SHAPE | {"intermediate_size": 1024}, monkeypatch, max_num_seqs=140, max_num_batched_tokens=1100,
+        max_model_len=2100,
+    )  # fmt: skip
+    with warm.diverted():
+        warm.rehearse(runner)
+    ahead = set(keys)
+    with torch.inference_mode(), warm.diverted():
+        for answers in (1, 2, 5, 30, 47, 100, 127, 138):
+            for prompt in (15, 380, 700):
+                warm._run(runner, [(9, 1)] * answers + [(0, prompt)])
+    assert not keys - ahead
+
+
 @pytest.mark.parametrize("spread", [False, True], ids=["cut", "spread"])
 def test_one_of_two_ranks_speaks_to_nobody(
     spread: bool, tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
@@ -205,7 +221,7 @@ def test_one_of_two_ranks_speaks_to_nobody(
     layers = SHAPE["num_hidden_layers"]
     norms = [norm for norm, _ in launched]
     # Of larger steps only the last sum is small, as only rows that get logits are in it.
-    larger = sum(n > 256 for n in warm.sizes(300))
+    larger = sum(n > 256 for n in warm.sizes(300)) + len(warm.sizes(5)) - 1
     assert norms.count(True) - larger == 2 * layers * norms.count(False) > 0 < larger, (
         "but for the embedding, each sum is one with a norm"
     )

@@ -28,6 +28,7 @@ from slipstream.batch import build_batch, to_device
 from slipstream.config.paths import cache_root
 from slipstream.engine.runner import Runner
 from slipstream.engine.worker import Leader
+from slipstream.layers.ops import WIDE_ROWS
 from slipstream.ops.tuned import own_table
 from slipstream.plan import Plan
 from slipstream.plan.choices import waits
@@ -211,6 +212,9 @@ def _rehearse(runner: Runner | Leader) -> None:
     rest = min(longest, most - 1, 2 * plan.page_size)
     for start in {1, longest - 1} if rest > 0 and plan.max_num_seqs > 1 else ():  # an answer beside a prompt
         _run(runner, [(start, 1), (0, rest)])
+    for rows in sizes(plan.max_num_seqs)[1:]:  # so many rows in what is left of the last layer, of a step that is large
+        if (prompt := min(longest, most - rows + 1, WIDE_ROWS + 1)) > 1:
+            _run(runner, [(1, 1)] * (rows - 1) + [(0, prompt)])
     if decoder is not None:
         decoder.rehearse()
         return
