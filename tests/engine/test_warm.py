@@ -167,7 +167,9 @@ def test_every_kernel_of_any_step_is_among_them(
     assert not keys - ahead
 
 
-def test_a_large_step_may_end_in_any_number_of_rows(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_step_may_end_in_any_number_of_rows(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """x is as the layers compute then, and what experts leave of few rows is as in a decoding step, in more or fewer parts."""
     runner = hopper.runner_for(
         tmp_path / "model", SHAPE | {"intermediate_size": 1024}, monkeypatch, max_num_seqs=140, max_num_batched_tokens=1100,
