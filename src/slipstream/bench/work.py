@@ -12,7 +12,7 @@ that queries can see, which in a layer with a window are its last ones. It compu
     flops = 2 * (tokens * (dense + experts * k / E) + rows * head) + 4 * heads * head_dim * visible
 
 in parameters of matrices; `visible` is the sum of keys that each query sees, over all layers: a product with keys, and one
-with values. In the last layer, what comes after attention has `rows` in the place of `tokens`.
+with values. In the last layer, what comes after it has `rows` in the place of `tokens`.
 What is written, activations, norms and the sampler are left out, so no machine can be faster than this says.
 """
 
@@ -76,7 +76,7 @@ def _attention(plan: Plan, visible: Callable[[int | None], float]) -> float:
 def _weights(plan: Plan, tokens: int, rows: int) -> Work:
     config = plan.model_config
     share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0.0
-    last = f"layers.{config.num_layers - 1}.mlp."
+    last = tuple(f"layers.{config.num_layers - 1}.{part}." for part in ("attention.out", "mlp"))
     read = float(tokens * config.hidden_size * plan.dtype.itemsize)
     flops = 0.0
     held = {item.to: size for item, size in zip(plan.loads, plan.held, strict=True)}

@@ -60,7 +60,9 @@ class Attention(nn.Module):
         if sinks:
             self.sinks = nn.Parameter(torch.empty(self.heads, dtype=torch.float32, device="meta"), requires_grad=False)
 
-    def forward(self, x: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns]) -> Delta:  # (tokens, hidden)
+    def forward(
+        self, x: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns], rows: Tensor | None = None
+    ) -> Delta:  # (tokens, hidden) -> the same, or `rows` of it
         tokens = x.shape[0]
         qkv = self.qkv(x).view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
         norms = None
@@ -77,7 +79,8 @@ class Attention(nn.Module):
         else:
             q = self.ops.attention_input(qkv, turn, norms, keys, values, group.slots)
             out = self.ops.attention(q, keys, values, batch, group, **options)
-        return self.ops.ranks.reduce(self.out.left(out.reshape(tokens, self.heads * self.head_dim)))
+        out = out.reshape(tokens, self.heads * self.head_dim)
+        return self.ops.ranks.reduce(self.out.left(out if rows is None else out[rows]))
 
     def _norm_all(self, qkv: Tensor) -> Tensor:  # (tokens, heads + 2 * kv_heads, head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)

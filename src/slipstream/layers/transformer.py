@@ -49,9 +49,8 @@ class Layer(nn.Module):
         self, x: Tensor, h: Tensor, batch: Batch, cache: Storage, turns: Sequence[Turns], rows: Tensor | None = None
     ) -> tuple[Tensor, Delta]:  # what `enter` gave, each (tokens, hidden) -> x, and what is to be added to it
         """`rows`: those of which an answer is wanted, after the attention of the last layer; None is all of them."""
-        delta: Delta = self.attention(h, batch, cache, turns)
-        if rows is not None:
-            x, delta = x[rows], delta[rows]
+        delta: Delta = self.attention(h, batch, cache, turns, rows)
+        x = x if rows is None else x[rows]
         if not len(x):
             return x, delta
         x, h = self.mlp(self.before_mlp, x, delta if self.after_attention is None else self.after_attention(delta))

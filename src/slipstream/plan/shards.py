@@ -146,14 +146,19 @@ def collectives(laid: Layout, shards: Sequence[Shard], tokens: int, sequences: i
     norms = sum(s.to.endswith("attention.q_norm.weight") and s.cuts[0].ranges is not None for s in shards)
     if norms:  # squares of queries and keys
         found.append(Collective("norms over all heads", "all_reduce", norms, 2 * tokens * 4))
-    found.append(Collective("attention", "all_reduce", config.num_layers, hidden))
     wanted, ranks = min(tokens, sequences), laid.ops.ranks
     layers = [(layer.moe, tokens) for layer in config.layers]
     layers[-1] = layers[-1][0], wanted  # it answers for the rows with logits alone
-    for (moe, rows), calls in sorted(Counter(layers).items(), reverse=True):
-        of = ("experts" if moe else "feed-forward") + (" of the last layer" if rows < tokens else "")
-        nbytes = hidden * rows // tokens
-        if moe and isinstance(ranks, Together) and ranks.exchange_from is not None and rows >= ranks.exchange_from:
+    sums = [("attention", rows) for _, rows in layers]
+    sums += [("experts" if moe else "feed-forward", rows) for moe, rows in sorted(layers, reverse=True)]
+    for (name, rows), calls in Counter(sums).items():
+        of, nbytes = name + (" of the last layer" if rows < tokens else ""), hidden * rows // tokens
+        if (
+            name == "experts"
+            and isinstance(ranks, Together)
+            and ranks.exchange_from is not None
+            and rows >= ranks.exchange_from
+        ):
             share = had(laid.ranks.size, config.num_experts_per_tok)
             found.append(Collective(of, "all_to_all", calls, round(nbytes * share)))
             found.append(Collective(f"{of}, added up", "all_gather", calls, nbytes))

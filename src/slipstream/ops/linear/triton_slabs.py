@@ -21,7 +21,7 @@ from slipstream.ops.moe import Pairs, kernels
 from slipstream.ops.moe.layout import held_bytes, prepare
 from slipstream.ops.moe.triton import FEW, TABLE, Tiles, choose_parts, mixed, processors, run_tiles
 
-MOST = 1 << 17  # tokens
+MOST = 1 << 17  # tokens at a time
 # By tokens: as for experts that each have so many, but with less of the weight a program, as there are fewer programs.
 STEPS = (
     (8, TABLE["up to 5"]),
@@ -54,6 +54,10 @@ class Slabs:
         if out is None:
             out = torch.empty(tokens, slabs * 16, dtype=x.dtype, device=x.device)
         if not tokens:
+            return out
+        if tokens > MOST:
+            for some, to in zip(x.split(MOST), out.split(MOST), strict=True):
+                self(some, packed, bias, to)
             return out
         tiles = choose_tiles(tokens, x.dtype)
         programs = triton.cdiv(slabs, tiles.slabs) * triton.cdiv(tokens, tiles.pairs)
