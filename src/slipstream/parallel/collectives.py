@@ -57,9 +57,6 @@ class Parts:
     ops: Any
     slots: Slots
 
-    def __getitem__(self, rows: Tensor) -> Parts:
-        return Parts(self.own[rows], self.ops, self.slots)
-
     def sum(self) -> Tensor:
         found: Tensor = self.ops.reduce(whole(self.own), self.slots)
         return found

@@ -61,17 +61,6 @@ class Pairs:
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
-    def __getitem__(self, rows: Tensor) -> Pairs:
-        """Of some tokens."""
-        import torch
-
-        ids, top_k = self.ids[rows], self.ids.shape[1]
-        if self.places is None:
-            places = (rows[:, None] * top_k + torch.arange(top_k, device=rows.device)).to(torch.int32)
-        else:
-            places = self.places.view(-1, top_k)[rows]
-        return Pairs(self.sums, ids, self.weights[rows], places.view(-1), self.dtype)
-
     def sum(self) -> Tensor:  # (tokens, hidden)
         from slipstream.ops.moe.triton import add
 
