@@ -145,42 +145,6 @@ def test_who_comes_last_changes_nothing(width: int, experts: int, top_k: int, to
     assert not first[4].arrived.any() and not second[4].arrived.any()
 
 
-@pytest.mark.parametrize(
-    ("width", "experts", "top_k", "parts"), [(2048, 128, 8, 4), (2880, 128, 4, 0), (2880, 32, 4, 0)]
-)
-def test_how_long_norm_and_router_take(width: int, experts: int, top_k: int, parts: int) -> None:
-    """Prints it, in a graph of 100 of them, and what three kernels take."""
-    layer = cases.Layer(torch.randn(experts, width, device="cuda").bfloat16(), None)
-    arrived = torch.zeros(8, dtype=torch.int32, device="cuda")
-    for tokens in (1, 2, 4, 8):
-        x, delta, norm = torch.randn(3, tokens, width, device="cuda").bfloat16().unbind()
-        more: Any = cases.left(tokens, width, 1, parts, False, BF16, "cuda")[0] if parts else delta
-        took = []
-        for kernels in (3, 2, 1):
-            layer.arrived = None if kernels == 3 else arrived
-
-            def call(x: Tensor = x, more: Any = more, norm: Tensor = norm[0], kernels: int = kernels) -> Any:
-                if kernels == 1:
-                    return add_norm_router(x, more, norm, 1e-5, layer, top_k, softmax_first=True)
-                return router(add_norm(x, more, norm, 1e-5)[1], layer, top_k, softmax_first=True)
-
-            call()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(100):
-                    call()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            graph.replay()
-            start.record()
-            for _ in range(10):
-                graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            took.append(f"{start.elapsed_time(end):.2f} us in {kernels}")  # ms of a thousand
-        print(f"{tokens} tokens, {width} x {experts}: {', '.join(took)} kernels")
-
-
 @DTYPES
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_activation(kind: str, dtype: torch.dtype) -> None:
