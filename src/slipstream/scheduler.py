@@ -324,5 +324,4 @@ class Scheduler:
         if seq.finish_reason is not None and seq.finish_reason != reason:
             self.counters.finished[seq.finish_reason] -= 1
             self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-        self._settle()
         seq.finish_reason, seq.stop_reason = reason, stop_reason

@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests import loopback
 
 REPO = "acme/tiny"
 COMMIT = "c0ffee" + "0" * 34
@@ -62,55 +62,26 @@ class Hub:
             entries.append({"type": "file", "path": name, **entry})
         return entries
 
+    def answer(self, method: str, url: str) -> loopback.Answer:
+        path = unquote(urlsplit(url).path)
+        self.asked.append(f"{method} {path}")
+        parts = path.strip("/").split("/")
+        if self.gated:
+            return 403, b"{}", {"X-Error-Code": "GatedRepo"}
+        if path.startswith(f"/api/models/{REPO}"):
+            if "revision" in parts and parts[-1] not in ("main", self.commit):
+                return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
+            return 200, json.dumps(self.tree() if "tree" in parts else self.info()).encode(), {}
+        if path.startswith(f"/{REPO}/resolve/{self.commit}/") and (name := "/".join(parts[4:])) in self.files:
+            entry, data = self.entry(name), self.damaged.get(name, self.files[name])
+            headers = {"X-Repo-Commit": self.commit, "ETag": f'"{entry["oid"]}"'}
+            if "lfs" in entry:
+                headers |= {"X-Linked-ETag": f'"{entry["lfs"]["sha256"]}"', "X-Linked-Size": str(entry["size"])}
+            return 200, data, headers
+        return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
+
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[None]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, *, body: bool) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.asked.append(f"{self.command} {path}")
-            parts = path.strip("/").split("/")
-            if hub.gated:
-                return self.send(403, b"{}", body, {"X-Error-Code": "GatedRepo"})
-            if path.startswith(f"/api/models/{REPO}"):
-                if "revision" in parts and parts[-1] not in ("main", hub.commit):
-                    return self.send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound"})
-                return self.send(200, json.dumps(hub.tree() if "tree" in parts else hub.info()).encode(), body)
-            if path.startswith(f"/{REPO}/resolve/{hub.commit}/") and (name := "/".join(parts[4:])) in hub.files:
-                entry, data = hub.entry(name), hub.damaged.get(name, hub.files[name])
-                headers = {"X-Repo-Commit": hub.commit, "ETag": f'"{entry["oid"]}"'}
-                if "lfs" in entry:
-                    headers |= {"X-Linked-ETag": f'"{entry["lfs"]["sha256"]}"', "X-Linked-Size": str(entry["size"])}
-                return self.send(200, data, body, headers)
-            return self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
-
-        def send(self, status: int, data: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with loopback.serve(hub.answer) as hub.url:
         yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -9,10 +9,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests import loopback
 
 
 class Hub:
@@ -55,7 +55,7 @@ class Hub:
             found.append(entry)
         return found + [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in sorted(folders)]
 
-    def answer(self, method: str, url: str) -> tuple[int, bytes, dict[str, str]]:
+    def answer(self, method: str, url: str) -> loopback.Answer:
         parts, query = unquote(urlsplit(url).path).strip("/").split("/"), urlsplit(url).query
         self.asked.append(f"{method} /{'/'.join(parts)}")
         if parts[:2] == ["api", "kernels"]:
@@ -86,36 +86,5 @@ class Hub:
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = 1 << 16  # head and body in one packet, else each answer waits for an acknowledgement
-
-        def do_HEAD(self) -> None:
-            self.send(body=False)
-
-        def do_GET(self) -> None:
-            self.send(body=True)
-
-        def send(self, *, body: bool) -> None:
-            status, data, headers = hub.answer(self.command, self.path)
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(data)), **headers}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with loopback.serve(hub.answer) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

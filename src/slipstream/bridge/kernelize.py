@@ -173,10 +173,8 @@ class Bridge:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         name, before = self.name, self.model.get_experts_implementation()
-        for (
-            module,
-            kernel,
-        ) in kernels:  # there and not in the function below, so that they go, and are copied, with the model
+        # There and not in the function below, so that they go, and are copied, with the model.
+        for module, kernel in kernels:
             module.__dict__[ATTACHED] = kernel
             self.report._undo.append(partial(module.__dict__.pop, ATTACHED))
 

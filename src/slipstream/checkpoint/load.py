@@ -102,9 +102,8 @@ class Load:
             if 0 in part.local:
                 continue
             sources, cut = None, part.cut
-            rescaled = (
-                part.format == "int8" and cut.dim == 1
-            )  # a row has one scale, which must be that of the whole row
+            # A row has one scale, which must be that of the whole row.
+            rescaled = part.format == "int8" and cut.dim == 1
             if cut.ranges is not None and not rescaled:
                 sources = narrow(self.rule.transform, part.sources, len(part.shape) - cut.dim, cut.ranges)
             yield part if sources is None else Part(part.format, sources, part.local, Cut(zero=cut.zero))

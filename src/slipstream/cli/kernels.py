@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,6 @@ from slipstream.cli.kernels_lock import COLUMNS, LockFile, PolicyFile, described
 from slipstream.cli.options import AsJson, EngineOptions, flat
 from slipstream.cli.show import Table, print_json, print_tables
 from slipstream.errors import TrustError
-
-if TYPE_CHECKING:
-    pass
 
 HELP = """Pin kernels of the Hugging Face Hub, and see what runs.
 

@@ -163,9 +163,8 @@ class Decoder:
             try:
                 run = record(step) if used is None else used.record(record, step)
             except (RuntimeError, AssertionError) as e:
-                if (
-                    self._model.ranks.ranks.size > 1
-                ):  # others may have recorded it, and would run it another number of times
+                # Other ranks may have recorded it, and would run it another number of times.
+                if self._model.ranks.ranks.size > 1:
                     raise KernelError(
                         f"a step of {shape.rows} rows cannot be recorded as a CUDA graph: {e}; try enforce_eager=True"
                     ) from e

@@ -35,9 +35,8 @@ class Flight:
 
     step: Step
     whole: frozenset[int]  # sequences with the logits of all their tokens
-    logits: (
-        Tensor | None
-    )  # None where tokens were picked on the device: the next step can be launched before anybody knows them
+    # None where tokens were picked on the device: the next step can be launched before anybody knows them.
+    logits: Tensor | None
     answers: Tensor | None = None  # on the host, once `arrived`: tokens, and whether each is one
     arrived: torch.cuda.Event | None = None
 

@@ -139,7 +139,7 @@ class Leader:
 
     def finish(self, flight: Flight) -> StepResult:
         with self._crew.together():
-            while flight.arrived is not None and not flight.arrived.query():  # not tried on a card yet
+            while flight.arrived is not None and not flight.arrived.query():
                 self._crew.check()
                 time.sleep(0)
             result = self._runner.finish(flight)

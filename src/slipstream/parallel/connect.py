@@ -36,7 +36,7 @@ def connect(ranks: Ranks, store: dist.Store, device: torch.device, here: bool, r
 def _connect(ranks: Ranks, store: dist.Store, device: torch.device, here: bool, reduce: str | None) -> Wires:
     peers, why = None, None
     options: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.size, "timeout": FOREVER}
-    if device.type == "cuda":  # not tried on a card yet
+    if device.type == "cuda":
         # Else torch ends this process when another rank, or its store, is gone; we want to say which one it was.
         for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
             os.environ.setdefault(name, "0")
