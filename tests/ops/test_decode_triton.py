@@ -21,12 +21,12 @@ from slipstream.ops.attention.reference import attention as attention_reference
 from slipstream.ops.attention_input.reference import attention_input as input_reference
 from slipstream.ops.rope import Turns
 from tests.ops import interpreter
-from tests.ops.test_attention_triton import World, build, different
 
 pytest.importorskip("triton")
 
 from slipstream.ops.attention import paged
 from slipstream.ops.attention.decode import _decode, decode
+from tests.ops.test_attention_triton import World, build, different
 
 F32, F64 = torch.float32, torch.float64
 
