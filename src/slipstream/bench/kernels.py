@@ -88,8 +88,6 @@ def bench_kernels(
     """
     if op not in OPS:
         raise ConfigError(f"op: there is no {op!r}; there are {', '.join(OPS)}")
-    if op == "moe" and model is not None and not model.num_experts:
-        raise ConfigError(f"model: a {model.model_type} model has no experts; name a mixture, or its sizes (shape)")
     cases = cases_of(op)
     sizes = {**cases.SMALL, **(cases.shape_of(model) if model else {}), **(shape or {})}
     if unknown := sizes.keys() - cases.SMALL.keys():

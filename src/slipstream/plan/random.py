@@ -27,10 +27,10 @@ def imagine(
     A tensor has the first name that the architecture's own rules know, so that what goes by names, such as which matrices are
     quantized, goes as ever. A stack of experts has the name of a packed one, as it is laid out like that.
     """
-    dense: dict[str, Weight] = {}
-    stacks: dict[str, Weight] = {}  # where some layers are a mixture and others are not, both have the same names
+    # Where some layers are a mixture and others are not, both have the same names.
+    first: dict[tuple[str, bool], Weight] = {}
     for rule in rules:
-        (stacks if rule.shard == "expert" else dense).setdefault(rule.to, rule)
+        first.setdefault((rule.to, rule.shard == "expert"), rule)
     kinds = declared(checkpoint.config, checkpoint.path)
     packed = min((found for group in kinds.values() for found in group), default=None)
     said = checkpoint.config.get("quantization_config") or {}
@@ -38,9 +38,10 @@ def imagine(
     for to, parameter in model.named_parameters():
         number = next((part for part in to.split(".") if part.isdigit()), "")
         at = to.replace(f".{number}.", ".{layer}.", 1)
-        rule = next(r[at] for r in ((stacks, dense) if parameter.dim() == 3 else (dense, stacks)) if at in r)
+        is_stack = parameter.dim() == 3
+        rule = first.get((at, is_stack)) or first[at, not is_stack]
         name = rule.sources[0].replace("{layer}", number).replace("{expert}", "0")
-        if parameter.dim() == 3:
+        if is_stack:
             name = f"model.layers.{number}.mlp.experts.{'gate_up' if 'gate_up' in to else 'down'}_proj_blocks"
         made.append(Weight(to, (name,), rule.shard))
         if tied and to == "head.weight":

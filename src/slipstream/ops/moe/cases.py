@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slipstream.config import ModelConfig
+from slipstream.errors import ConfigError
 from slipstream.ops.activation import reference as activations
 from slipstream.ops.choose import Case
 from slipstream.ops.formats import Weight, decode, encode
@@ -25,6 +26,8 @@ def checks(case: Case, shape: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def shape_of(config: ModelConfig) -> dict[str, Any]:
+    if not config.num_experts:
+        raise ConfigError(f"model: a {config.model_type} model has no experts; name a mixture, or its sizes (shape)")
     kind = "swiglu_clamped" if config.model_type == "gpt_oss" else config.hidden_act
     return {
         "experts": config.num_experts, "top_k": config.num_experts_per_tok, "hidden": config.hidden_size,
