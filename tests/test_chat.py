@@ -259,9 +259,9 @@ def test_who_is_at_fault() -> None:
 
 def test_a_long_conversation_is_no_attack() -> None:
     messages = [{"role": ("user", "assistant")[i % 2], "content": "Ein langer Satz. " * 100} for i in range(500)]
-    start = time.perf_counter()
+    start = time.process_time()
     text = render_chat(QWEN3, messages, special_tokens={})
-    assert len(text) > 800_000 and time.perf_counter() - start < 1.5
+    assert len(text) > 800_000 and time.process_time() - start < 1.5
 
 
 # -- attacks ----------------------------------------------------------------------------------------------------
@@ -377,10 +377,10 @@ HARMLESS = {  # allowed, as they come to nothing
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_stopped_in_time(name: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # not of the clock: another program may have the processor
     with pytest.raises(RequestError, match="was stopped"):
         render_chat(ATTACKS[name], HELLO, special_tokens={}, max_seconds=0.5)
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)

@@ -208,6 +208,15 @@ def test_gradients_are_an_error_and_not_missing_in_silence(tmp_path: Path) -> No
         assert all(p.grad is not None for p in model.parameters())
 
 
+def test_gradients_of_sinks_alone_are_an_error_too(tmp_path: Path) -> None:
+    model = make("gpt_oss", tmp_path)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("sinks"))
+    kernelize(model, "builtin")
+    with pytest.raises(ConfigError, match="no derivatives"):
+        model(ids(1, 8)).logits.sum().backward()
+
+
 def test_weights_that_change_afterwards_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the copies that a kernel made for itself: MegaBlocks has its experts' matrices in another layout."""
     pytest.importorskip("kernels")

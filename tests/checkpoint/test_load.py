@@ -200,7 +200,7 @@ def test_a_config_of_absurd_size_is_refused_at_once(
     spoiled: Callable[[str, Spoil], Path], name: str, change: dict[str, int]
 ) -> None:
     path = spoiled(name, lambda t, c: c.update(change))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError):
         plan_of(path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

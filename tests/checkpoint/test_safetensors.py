@@ -143,10 +143,10 @@ def test_a_header_of_100_mb_is_refused_before_it_is_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("wb") as f:
         f.write(length.to_bytes(8, "little") + b'{"a":')
         f.truncate(8 + length)  # sparse
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="104,857,600 bytes"):
         open_checkpoint(folder)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_more_tensors_than_any_model_has(folder: Path) -> None:

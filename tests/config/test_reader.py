@@ -217,12 +217,12 @@ def test_quantization_is_told_apart() -> None:
 @pytest.mark.parametrize("value", [-1, 0, 10**30, float("nan"), float("inf"), "x", [], [None], {}, {"a": 1}, True])
 def test_nonsense_is_a_typed_error_or_harmless(field: str, value: object) -> None:
     for name in HUB:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             ModelConfig.from_hf(raw(name, **{field: value}))
         except CheckpointError as e:
             assert len(str(e)) < 500
-        assert time.perf_counter() - start < 0.5
+        assert time.process_time() - start < 0.5
 
 
 def test_the_reader_knows_the_architectures_that_are_built() -> None:

@@ -178,7 +178,8 @@ def forward(attention: Any, *, copies: bool) -> Callable[..., tuple[Tensor, None
         out = out.detach()
         if rows is not None:
             out = torch.zeros_like(q).index_copy_(0, rows, out)
-        return ends_here(out.view(sequences, count, heads, head_dim), query, key, value), None
+        inputs = (query, key, value) if s_aux is None else (query, key, value, s_aux)
+        return ends_here(out.view(sequences, count, heads, head_dim), *inputs), None
 
     return attention_forward
 
