@@ -42,7 +42,8 @@ class Entering(World):
         super().__post_init__()
         random = torch.Generator().manual_seed(len(self.lengths) + self.head_dim)
         shape = (len(self.lengths), self.heads + 2 * self.kv_heads, self.head_dim)
-        self.product = (2 * torch.randn(shape, generator=random)).to(self.device, self.dtype)
+        spread = 2 if self.norms else 1  # larger scores would make much of how q and k are rounded
+        self.product = (spread * torch.randn(shape, generator=random)).to(self.device, self.dtype)
         frequencies = torch.rand(self.half, generator=random).to(self.device)
         self.turns = (frequencies, 1.3) if self.half else None
         weights = [(torch.rand(self.head_dim, generator=random) + 0.5).to(self.device) for _ in range(2)]

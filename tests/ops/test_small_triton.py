@@ -301,8 +301,9 @@ def after_norm(
         shares = shares.softmax(-1)
     elif renormalize:
         shares = shares / shares.sum(-1, keepdim=True)
-    clear = logits.sort(-1).values.diff(dim=-1).amin(-1) > (1e-5 if dtype == F32 else 0.04)
-    want = logits.sort(-1, descending=True).indices[:, :top_k]
+    best = logits.sort(-1, descending=True)
+    clear = -best.values[:, : top_k + 1].diff(dim=-1).amax(-1) > (1e-5 if dtype == F32 else 0.04)
+    want = best.indices[:, :top_k]
     assert torch.equal(ids[clear].long(), want[clear]) and (clear.any() or dtype != F32)
     assert normed.dtype == dtype and ids.dtype == torch.int32 and not layer.arrived.any()
     same, alone, *picked = run(total, None)
