@@ -3,9 +3,10 @@ kernels are imported; bfloat16 is wrong there, so float32 only), and compiled fo
 
 from __future__ import annotations
 
+import ctypes
 import re
+import shutil
 import subprocess
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,15 @@ pytest.importorskip("triton")
 from slipstream.ops.moe import kernels
 from slipstream.ops.moe import layout as layouts
 from slipstream.ops.moe import triton as module
-from slipstream.ops.moe.layout import MOVES, PLACES, _lay_out, laid_out, laid_out_on_card, prepare
-from slipstream.ops.moe.triton import TABLE, Tiles, experts
+from slipstream.ops.moe.layout import PLACES, laid_out, prepare
+from slipstream.ops.moe.triton import TABLE, Alone, Tiles, experts
 from tests.ops import interpreter
 
 HIDDEN, INNER, EXPERTS, TOP_K = 160, 96, 5, 2
 F32 = torch.float32
+
+
+ALONE = (Alone(8, 1), Alone(2, 2), Alone(4, 2, 1), Alone(2, 4, 2), Alone(1, 2, 4))
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, int], Tensor]:
@@ -89,12 +93,29 @@ def error(*args: Any, **kwargs: Any) -> float:
 
 
 def tiled(tiles: Tiles, *args: Any, **kwargs: Any) -> float:
-    before = module.choose_tiles, module.choose_group
-    module.choose_tiles, module.choose_group = lambda *_: tiles, lambda *_: 0
+    before = module.choose_tiles, module.choose_group, module.choose_alone
+    module.choose_tiles, module.choose_group, module.choose_alone = lambda *_: tiles, lambda *_: 0, lambda *_: None
     try:
         return error(*args, **kwargs)
     finally:
-        module.choose_tiles, module.choose_group = before
+        module.choose_tiles, module.choose_group, module.choose_alone = before
+
+
+def alone(choice: Alone, *args: Any, **kwargs: Any) -> float:
+    """Where each pair is a tile of its own; its last sum is in two parts if there is but one."""
+    used, before = [], module.choose_alone
+
+    def choose(stack: Any, dtype: Any, pairs: int, parts: int, kind: str | None) -> Alone:
+        used.append(kind)
+        return choice
+
+    module.choose_alone = choose
+    try:
+        found = error(*args, **kwargs)
+    finally:
+        module.choose_alone = before
+    assert None in used and len(set(used)) == 2
+    return found
 
 
 def grouped(size: int, *args: Any, **kwargs: Any) -> float:
@@ -123,11 +144,16 @@ def interpreted() -> dict[str, Callable[[], float]]:
     }.items():
         cases[f"tiles-{name}"] = partial(tiled, tiles, "mxfp4", 3 if name == "few" else 41, "swiglu_clamped")
     cases["tiles-dense"] = partial(tiled, Tiles(True, 32, 8, 2, 4, 3), "dense", 23, "silu")
+    for one in ALONE:
+        for tokens, top_k in ((1, 1), (1, 5), (4, 2)):
+            name = f"alone-{one.split}-{one.slabs}-{one.step}-{tokens}-{top_k}"
+            cases[name] = partial(alone, one, "mxfp4", tokens, "swiglu_clamped", sizes=(96, 224, 5, top_k))
+    some = torch.tensor([[3, -1, 0], [-1, -1, 2]])
+    cases["alone-some-elsewhere"] = partial(alone, ALONE[0], "mxfp4", 2, "silu", ids=some, sizes=(352, 96, 5, 3))
     same = torch.tensor([[4, 1]]).expand(19, 2)
     cases["all-to-two-experts"] = partial(error, "mxfp4", 19, "silu", ids=same)
     cases["many-experts"] = partial(error, "mxfp4", 9, "silu", sizes=(64, 32, 67, 5))
     cases["nan"] = bad_block
-    cases["layout"] = layout
     for absent in (False, True):
         cases["sorted-some-elsewhere" if absent else "sorted"] = partial(sort, absent)
         for size in (64, 128):
@@ -241,18 +267,19 @@ def sort(absent: bool) -> float:
     return ((out - wanted).norm() / wanted.norm()).item()
 
 
-def layout(device: str = "cpu", sizes: tuple[int, int, int] = (3, 48, 10)) -> float:
-    """How many bytes a card lays out otherwise than torch does."""
+def layout(sizes: tuple[int, int, int], device: str) -> float:
+    """How many bytes a card lays out otherwise than a CPU does."""
     experts, rows, blocks = sizes
     torch.manual_seed(blocks)
-    codes = torch.randint(256, (experts, rows, blocks, 16), dtype=torch.uint8, device=device)
-    scales = torch.randint(130, (experts, rows, blocks), dtype=torch.uint8, device=device)
+    codes = torch.randint(256, (experts, rows, blocks, 16), dtype=torch.uint8)
+    scales = torch.randint(130, (experts, rows, blocks), dtype=torch.uint8)
     scales[0, 1::3, 2::4] = 255
     off = 0
     for gated in (False, True):
-        for got, want in zip(laid_out_on_card(codes, scales, gated), laid_out(codes, scales, gated), strict=True):
+        there = laid_out(codes.to(device), scales.to(device), gated)
+        for got, want in zip(there, laid_out(codes, scales, gated), strict=True):
             assert got.shape == want.shape and got.dtype == want.dtype
-            off += int((got != want).sum())
+            off += int((got.cpu() != want).sum())
     return float(off)
 
 
@@ -382,46 +409,80 @@ def test_it_compiles_for_hopper(
     assert counted / each < most, f"{counted / each:.2f} instructions a weight"
 
 
-def test_the_layout_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["silu", None])
+@pytest.mark.parametrize(
+    ("one", "most"), [(Alone(8, 1), 4), (Alone(2, 2), 4), (Alone(2, 2, 4, 4), 0), (Alone(4, 1, 4), 0)]
+)
+def test_one_pair_compiles_for_hopper(
+    one: Alone, most: int, kind: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"codes": "*i16", "scales": "*u8", "words": "*i32", "factors": "*u8", "rows": "i32", "blocks": "i32"}
-    constants = {"MOVES": MOVES, "GATED": True, "SIZE": 1024}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
-    source = ASTSource(_lay_out, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    machine_code(made.asm["cubin"], tmp_path / "kernel.cubin")  # spills nothing
-    assert "st.global.v4.b32" in made.asm["ptx"]
+    kernel, held = kernels.alone, not one.step
+    types = {"x": "*bf16", "data": "*i32", "scales": "*i32", "bias": "*bf16", "experts": "*i32", "limit": "fp32"}
+    types["out"] = "*bf16" if kind else "*fp32"
+    constants: dict[str, Any] = {
+        "KIND": kind, "SPLIT": one.split, "SLABS": one.slabs, "MOST": one.step or most, "MORE": 2 if held else 0, "HELD": held,
+        "COMPUTE": tl.bfloat16, "CHAIN": True, "PREFETCH": 0 if held or kind else 64,
+    }  # fmt: skip
+    signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
+    wide = {*types, "x_stride", "num_inputs"} - {"limit"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in wide}
+    options = {"num_warps": one.split * one.slabs, "num_stages": one.stages}
+    source = ASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    code = machine_code(made.asm["cubin"], tmp_path / "kernel.cubin")  # spills nothing
+    before, _, after = made.asm["ptx"].partition("griddepcontrol.wait")
+    assert len(code) == (0 if held else 1) and "ftz" not in before + after
+    if held:  # words go from memory to where a product takes them, and do not wait for the input if they need not
+        loads = [part.count("ld.global.v4.b32") for part in (before, after)]
+        assert loads[0] == most + 2 if kind is None else loads[0] == 0 and loads[1] >= most + 2
+        assert "st.shared.v4" not in before + after
+    else:
+        assert "cp.async" in after and ("prefetch" in before) == (kind is None)
 
 
-def test_the_first_launches_are_made_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[tuple[bool, bool]] = []
-    gate, main = threading.Event(), threading.current_thread()
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_a_card_compiles_to_move_bits_is_what_torch_does(
+    gated: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The source that PyTorch hands to CUDA's compiler, made here by the C compiler that there is."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    sources: list[str] = []
+    monkeypatch.setattr("torch.cuda.jiterator._create_jit_fn", lambda source: sources.append(source) or len)
+    layouts.moved_on_card.cache_clear()
+    layouts.moved_on_card()
+    layouts.moved_on_card.cache_clear()
+    loop = "for (long i = 0; i < n; i++) out[i] = moved<int>(low[i], high[i], quarter[i], scale[i]);"
+    file = tmp_path / "moved.cpp"
+    file.write_text(
+        sources[0]
+        + 'extern "C" void run(long n, int *low, int *high, int *quarter, int *scale, int *out) {'
+        + loop
+        + "}"
+    )
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", str(file), "-o", str(tmp_path / "moved.so")], check=True)
+    library = ctypes.CDLL(str(tmp_path / "moved.so"))
 
-    def on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-        if threading.current_thread() is not main:
-            assert gate.wait(20)
-        assert codes.shape == (*scales.shape, 16)
-        launched.append((gated, threading.current_thread() is main))
-        return codes, scales
+    def move(*given: Tensor) -> Tensor:
+        words = [t.to(torch.int32).contiguous() for t in torch.broadcast_tensors(*given)]
+        out = torch.empty_like(words[0])
+        library.run(ctypes.c_long(out.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in (*words, out)))
+        return out
 
-    monkeypatch.setattr(layouts, "_on_card", on_card)
-    layouts.begin.cache_clear()
-    device, codes = torch.device("cpu"), torch.zeros(3, 16, 2, 16, dtype=torch.uint8)
-    made = layouts.begin(device)
-    assert layouts.begin(device) is made and not launched, "nobody waits"
-    threading.Timer(0.05, gate.set).start()
-    laid_out_on_card(codes, codes[..., 0], True)
-    assert launched == [(False, False), (True, False), (True, True)], "but whoever needs it"
-    monkeypatch.setattr(layouts, "_on_card", lambda *_: 1 // 0)
-    layouts.begin.cache_clear()
-    layouts.begin(device)
-    with pytest.raises(ZeroDivisionError):
-        laid_out_on_card(codes, codes[..., 0], True)
-    layouts.begin.cache_clear()
+    codes = torch.randint(256, (3, 48, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 129, (3, 48, 4), dtype=torch.uint8)
+    scales.view(-1)[::7] = 255
+    want = layouts.laid_out(codes, scales, gated)
+    monkeypatch.setattr(layouts, "moved", move)
+    found = layouts.laid_out(codes, scales, gated)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 @pytest.mark.parametrize("sort", [False, True])

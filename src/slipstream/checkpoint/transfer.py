@@ -220,17 +220,23 @@ class Transfer:
         return there
 
     def _run(self, running: int) -> Iterator[Arrived]:
-        with ThreadPoolExecutor(max(running, 1), "slipstream-read") as pool:
+        if not running:
+            return
+        each = self.block * (SLOTS if self._direct else 1)
+        with (
+            self.card.pinned(running * each) as buffers,  # at once: each by itself would wait for the others
+            ThreadPoolExecutor(running, "slipstream-read") as pool,
+        ):
             try:
-                reading = [pool.submit(self._read) for _ in range(running)]
+                reading = [pool.submit(self._read, buffer) for buffer in buffers.split(each)]
                 while running:
                     news = self._news.get()
                     if news is None:
                         running -= 1
                     else:
                         yield news
-                for each in reading:
-                    each.result()
+                for one in reading:
+                    one.result()
             finally:
                 self._stop()
 
@@ -239,10 +245,10 @@ class Transfer:
             self._stopped = True
             self._lock.notify_all()
 
-    def _read(self) -> None:
+    def _read(self, buffer: Tensor) -> None:
         """A thread's work."""
         try:
-            with self.card.beside(), self.card.pinned(self.block * (SLOTS if self._direct else 1)) as buffer:
+            with self.card.beside():
                 calls = self.card.calls() if self._direct else None
                 while not self._stopped:
                     with self._lock:  # neighbours in a file

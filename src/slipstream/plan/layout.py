@@ -132,14 +132,6 @@ def lay_out(
     choices += linear_choices(asked, loads, hardware, dtype)
     choices += experts_choice(asked, model, ops, loads, hardware, dtype, known)
     check_called(asked, model, choices, why)
-    if hardware.device.startswith("cuda") and any(
-        (c.op, c.name) == ("moe", "triton") or c.name == "triton_slabs" for c in choices
-    ):
-        from slipstream.ops.moe.layout import begin
-
-        begin(
-            torch.device("cuda", torch.device(hardware.device).index or 0)
-        )  # while headers are read and memory is taken
     return Layout(
         asked, checkpoint, config, home, hardware, dtype, choices, ops, model, loads, local, ranks, units, known, why
     )

@@ -74,9 +74,9 @@ class Slabs:
         return out
 
     def left(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor | Pairs:
-        (_, slabs, twos, _), tokens = packed[0].shape, len(x)
+        slabs, tokens = packed[0].shape[1], len(x)
         tiles = choose_tiles(tokens, x.dtype)
-        parts = choose_parts(1, slabs, 2 * twos, tiles, x.device)
+        parts = choose_parts(1, packed, tiles, x.dtype, several=tokens > 1)
         if not 0 < tokens <= FEW or parts == 1:
             return self(x, packed, bias)
         sums = torch.empty(parts, tokens, slabs * 16, dtype=torch.float32, device=x.device)

@@ -96,13 +96,17 @@ def _times(a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mxfp4(  # type: ignore[no-untyped-def]
-    words, scales, SLABS: tl.constexpr, TWOS: tl.constexpr, COMPUTE: tl.constexpr, MIXED: tl.constexpr
-):
-    """(SLABS, TWOS * 128) words and (SLABS, TWOS * 8) words of four scales -> (SLABS * 16, TWOS * 64) numbers."""
+    words, scales, SLABS: tl.constexpr, TWOS: tl.constexpr, COMPUTE: tl.constexpr, MIXED: tl.constexpr,
+    EACH: tl.constexpr = 1,
+):  # fmt: skip
+    """(SLABS, TWOS * 128) words and (SLABS, TWOS * 8) words of four scales -> (SLABS * 16, TWOS * 64) numbers.
+
+    EACH: 4 where every thread of a row has its scales: (SLABS, TWOS * 32).
+    """
     words = words.to(tl.uint32, bitcast=True).reshape(SLABS, TWOS, 8, 4, 2, 2)  # slab, two blocks, g, t, block, half
     scales = scales.to(tl.uint32, bitcast=True)
     s = tl.join(tl.join(scales & 255, (scales >> 16) & 255), tl.join((scales >> 8) & 255, scales >> 24))
-    s = s.reshape(SLABS, TWOS, 8, 1, 2, 2)
+    s = s.reshape(SLABS, TWOS, 8, EACH, 2, 2)
     a = words & 0x81C081C0
     b = (words << 6) & 0x81C081C0
     c = ((words << 12) | (words >> 20)) & 0x81C081C0
@@ -131,6 +135,15 @@ def _load(pointers, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     if EVEN:
         return tl.load(pointers)
     return tl.load(pointers, mask=inside[None, :], other=0)
+
+
+@triton.jit
+def _activated(gate, up, KIND: tl.constexpr, limit):  # type: ignore[no-untyped-def]
+    if KIND == "swiglu_clamped":
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL) + 1
+        return gate * tl.sigmoid(1.702 * gate) * up
+    return gate * tl.sigmoid(gate) * up
 
 
 @triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit"])
@@ -214,17 +227,127 @@ def tiles(  # type: ignore[no-untyped-def]
         if bias is not None:
             gate += first_bias.to(tl.float32)[:, None]
             up += second_bias.to(tl.float32)[:, None]
-        if KIND == "swiglu_clamped":
-            gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-            up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL) + 1
-            total = gate * tl.sigmoid(1.702 * gate) * up
-        else:
-            total = gate * tl.sigmoid(gate) * up
+        total = _activated(gate, up, KIND, limit)
     mask = (columns < width)[:, None] & (pairs < num_pairs)[None, :]
     if MIXED and KIND is not None:
         columns = (columns & ~14) | ((columns & 12) >> 1) | ((columns & 2) << 2)
     out += (part.to(tl.int64) * num_pairs + pairs.to(tl.int64))[None, :] * width
     tl.store(out + columns[:, None], total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _held(data, scales, row, first, num_twos, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The words and scales of SIZE times two blocks from `first` on, each where a tensor core takes it from."""
+    two = first + tl.arange(0, SIZE)[None, :]
+    there = (two < num_twos)[:, :, None]
+    two = (row + two)[:, :, None]
+    words = tl.load(data + two * 128 + tl.arange(0, 128)[None, None, :], mask=there, other=0)
+    fours = tl.load(scales + two * 8 + (tl.arange(0, 32) // 4)[None, None, :], mask=there, other=0)
+    return words, fours
+
+
+@triton.jit
+def _held_times(  # type: ignore[no-untyped-def]
+    held,
+    x,
+    begin,
+    num_inputs,
+    total,
+    SPLIT: tl.constexpr,
+    WARPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """With them, the products of each part with the inputs in its column."""
+    at = begin + tl.arange(0, SIZE * 64)[None, :]
+    inside = (tl.arange(0, 8) < SPLIT)[:, None] & (at < num_inputs)
+    some = tl.load(x + at, mask=inside, other=0).to(COMPUTE)
+    words = held[0].reshape(WARPS, SIZE * 128)
+    fours = held[1].reshape(WARPS, SIZE * 32)
+    weight = _mxfp4(words, fours, WARPS, SIZE, COMPUTE, False, 4)
+    return tl.dot(weight, some.T, total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit"])
+def alone(  # type: ignore[no-untyped-def]
+    x, data, scales, bias, experts, out, x_stride, num_slabs, num_twos, num_inputs, num_pairs, share, steps, limit,
+    KIND: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, MOST: tl.constexpr, MORE: tl.constexpr,
+    HELD: tl.constexpr, COMPUTE: tl.constexpr, CHAIN: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """What `tiles` does, of mxfp4, where each tile is one pair: a warp has a slab and one of SPLIT parts of its inputs.
+
+    A tensor core multiplies by 8 columns. One pair would leave 7 of them empty, so each has another part of the inputs, and a
+    warp's answer stands in the column of its own part.
+
+    Args:
+        MOST, MORE: how many times 64 inputs of a part go into one product, and into a second one.
+        HELD: there is but one step, and its weights are in registers before the input is there.
+    """
+    WARPS: tl.constexpr = SPLIT * SLABS
+    TWOS: tl.constexpr = MOST + MORE
+    pair, part = tl.program_id(1), tl.program_id(2)
+    if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.load(experts + pair).to(tl.int64)
+    if expert < 0:
+        return
+    warp, column = tl.arange(0, WARPS), tl.arange(0, 8)
+    slab = tl.minimum(tl.program_id(0) * SLABS + warp % SLABS, num_slabs - 1)  # what is beyond the last is not stored
+    row = ((expert * num_slabs + slab) * num_twos)[:, None]
+    x += (pair // share).to(tl.int64) * x_stride
+    HEIGHT: tl.constexpr = 16 if KIND is None else 8  # of what a slab leaves
+    rows, width = tl.program_id(0) * SLABS * HEIGHT + tl.arange(0, SLABS * HEIGHT), num_slabs * HEIGHT
+    first = (part * SPLIT + warp // SLABS)[:, None] * steps * TWOS
+    begin = (part * SPLIT + column)[:, None] * steps * TWOS * 64
+    if HELD:
+        held = _held(data, scales, row, first, num_twos, MOST)
+        more = None if MORE == 0 else _held(data, scales, row, first + MOST, num_twos, MORE)
+    if bias is not None:
+        if KIND is None:
+            first_bias = tl.load(bias + expert * width + rows, mask=(rows < width) & (part == 0), other=0)
+        else:
+            first_bias = tl.load(bias + expert * 2 * width + rows, mask=rows < width, other=0)
+            second_bias = tl.load(bias + (expert * 2 + 1) * width + rows, mask=rows < width, other=0)
+    if CHAIN and KIND is None:
+        if PREFETCH > 0:  # weights on their way to the L2 before the input is there
+            lines = tl.arange(0, PREFETCH)[None, :]
+            lines = tl.where((lines < steps * TWOS * 4) & (first * 4 + lines < num_twos * 4), lines, 0)
+            ahead = data + (row + tl.minimum(first, num_twos - 1)) * 128 + lines * 32
+            tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [ahead], dtype=tl.int32, is_pure=False, pack=1)
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros((WARPS * 16, 8), tl.float32)
+    if HELD:
+        total = _held_times(held, x, begin, num_inputs, total, SPLIT, WARPS, MOST, COMPUTE)
+        if MORE > 0:
+            total = _held_times(more, x, begin + MOST * 64, num_inputs, total, SPLIT, WARPS, MORE, COMPUTE)
+    else:
+        for step in range(0, steps):
+            at = begin + step * MOST * 64 + tl.arange(0, MOST * 64)[None, :]
+            some = tl.load(x + at, mask=(column < SPLIT)[:, None] & (at < num_inputs), other=0)
+            two = first + step * MOST
+            at = tl.arange(0, MOST * 128)[None, :]
+            words = tl.load(data + (row + two) * 128 + at, mask=two * 128 + at < num_twos * 128, other=0)
+            at = tl.arange(0, MOST * 8)[None, :]
+            fours = tl.load(scales + (row + two) * 8 + at, mask=two * 8 + at < num_twos * 8, other=0)
+            weight = _mxfp4(words, fours, WARPS, MOST, COMPUTE, False)
+            total = tl.dot(weight, some.to(COMPUTE).T, total, input_precision="ieee")
+    own = (tl.arange(0, SPLIT)[:, None, None] == column[None, None, :]).broadcast_to(SPLIT, SLABS * 16, 8)
+    total = tl.where(own, total.reshape(SPLIT, SLABS * 16, 8), 0)
+    total = tl.sum(tl.sum(total, 2), 0)
+    if KIND is None:
+        if bias is not None:
+            total += first_bias.to(tl.float32)
+    else:
+        gate, up = tl.split(total.reshape(SLABS, 2, 8).permute(0, 2, 1))
+        gate, up = gate.reshape(SLABS * 8), up.reshape(SLABS * 8)
+        if bias is not None:
+            gate += first_bias.to(tl.float32)
+            up += second_bias.to(tl.float32)
+        total = _activated(gate, up, KIND, limit)
+    out += (part.to(tl.int64) * num_pairs + pair) * width
+    tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < width)
 
 
 @triton.jit

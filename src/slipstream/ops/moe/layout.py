@@ -1,18 +1,15 @@
 """Experts' weights as the kernels of a mixture want them: slabs of 16 rows, and mxfp4's bits where two instructions find them.
 
-kernels.py says what the layout is and why. A card lays out what has landed on it in one pass; elsewhere torch does the same.
+kernels.py says what the layout is and why. A card moves the bits of what has landed on it in one pass; elsewhere torch does the same.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from slipstream.errors import KernelError
@@ -57,7 +54,7 @@ def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple
         data = weight.data.to(dtype).contiguous()
         if gated:
             for one in data:
-                one.copy_(_slabs(one, gated).reshape(rows, width).clone())
+                one.copy_(one.unflatten(0, (2, -1, 8)).transpose(0, 1).reshape(rows, width).clone())
         return (data,)
     if ((weight.scales > 128) & (weight.scales != 255)).any():
         raise KernelError(
@@ -69,11 +66,11 @@ def prepare(weight: Weight, dtype: torch.dtype, *, gated: bool = False) -> tuple
     if blocks % 2:  # in twos
         data, scales = F.pad(data, (0, 0, 0, 1)), F.pad(scales, (0, 1))
     data, scales = data.contiguous(), scales.contiguous()
-    some = max(1, TOGETHER // data[0].nbytes)
+    some = max(1, TOGETHER // data[0].nbytes) if data.is_cuda else 1
     for codes, factors in zip(data.split(some), scales.split(some), strict=True):  # there is never a second stack
-        made = laid_out_on_card(codes, factors, gated) if data.is_cuda else laid_out(codes, factors, gated)
-        codes.view(-1).view(torch.int32).copy_(made[0])
-        factors.view(-1).copy_(made[1])
+        words, made = laid_out(codes, factors, gated)
+        codes.view(torch.int32).view(words.shape).copy_(words)
+        factors.view(made.shape).copy_(made)
     shape = number, rows // 16, -1
     return data.view(-1).view(torch.int32).view(*shape, 128), scales.view(-1).view(torch.int32).view(*shape, 8)
 
@@ -85,94 +82,47 @@ def held_bytes(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int |
 
 
 def laid_out(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """Packed codes (experts, rows, blocks, 16) and scales (experts, rows, blocks), uint8 -> the words and scales, flat."""
-    words, factors = [], []
-    for c, s in zip(codes, scales, strict=True):
-        broken = s == 255
-        plain = c.view(torch.int16).unflatten(-1, (2, 4)).transpose(-1, -2).contiguous().view(torch.int32)[..., 0]
-        moved = torch.zeros_like(plain)
-        for distance, mask in MOVES:
-            left = plain << distance
-            round = plain >> (32 - distance) & (1 << distance) - 1 if distance else 0
-            moved |= (left | round) & (mask - (mask >> 31 << 32))
-        moved = moved.masked_fill_(broken[..., None], 0)  # 0 times infinity: NaN, as 255 means
-        words.append(_slabs(moved, gated).permute(0, 3, 2, 5, 4, 1).reshape(-1))
-        made = _slabs(torch.where(broken, s, s + 126), gated)  # slab, half, g, two blocks, which
-        factors.append(made.permute(0, 3, 2, 4, 1).reshape(-1))
-    return torch.cat(words), torch.cat(factors)
+    """Packed codes (experts, rows, blocks, 16) and scales (experts, rows, blocks), uint8, contiguous -> the words, scales."""
+    words = _ordered(
+        codes.view(torch.int32).unflatten(-1, (2, 2)), gated
+    )  # ..., which half of a block, pair of quarters, ...
+    low, high = (words.select(4, half).unsqueeze(5) for half in (0, 1))
+    quarter = torch.arange(2, dtype=torch.int32, device=codes.device).view(2, 1, 1)
+    factors = _ordered(scales, gated)
+    move = moved_on_card() if codes.is_cuda else moved
+    found = move(low, high, quarter, factors[:, :, :, :, None, None])
+    return found, torch.where(factors == 255, factors, factors + 126)
 
 
-def _slabs(rows: Tensor, gated: bool) -> Tensor:
-    """(rows, blocks, ...) -> (slabs, 2, 8, blocks / 2, 2, ...); gated: the first half of a slab gate, the second up."""
-    found = rows.view(2, -1, 8, *rows.shape[1:]).transpose(0, 1) if gated else rows.view(-1, 2, 8, *rows.shape[1:])
-    return found.unflatten(3, (-1, 2))
+def _ordered(rows: Tensor, gated: bool) -> Tensor:
+    """(experts, rows, blocks, ...) -> (experts, slabs, blocks / 2, 8, ..., 2, 2): last which block of two and half of a slab, whose
+    first one is of gate and second of up if `gated`."""
+    rows = rows.unflatten(2, (-1, 2))
+    rows = rows.unflatten(1, (2, -1, 8)).transpose(1, 2) if gated else rows.unflatten(1, (-1, 2, 8))
+    return rows.permute(0, 1, 4, 3, *range(6, rows.dim()), 5, 2)
 
 
-def laid_out_on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """`laid_out` in one kernel."""
-    begin(codes.device).result()
-    return _on_card(codes, scales, gated)
+def moved(low: Tensor, high: Tensor, quarter: Tensor, scale: Tensor) -> Tensor:
+    """Words of 8 codes, of which `low` and `high` hold four each in their first or second half, with all bits at their PLACES;
+    where the scale is 255, 0, as 0 times infinity is NaN, which that means. int32, element by element."""
+    plain = (low >> 16 * quarter) & 0xFFFF | (high >> 16 * quarter) << 16
+    found = torch.zeros_like(plain)
+    for distance, mask in MOVES:
+        left = plain << distance
+        round = plain >> (32 - distance) & (1 << distance) - 1 if distance else 0
+        found |= (left | round) & (mask - (mask >> 31 << 32))
+    return found.masked_fill_(scale == 255, 0)
 
 
 @cache
-def begin(device: torch.device) -> Future[None]:
-    """Launch the kernel for the first time, in a thread of its own: early, beside other work.
-
-    Before the first launch of a process Triton hashes its own files, starts its driver, asks for the version of its assembler and
-    looks into its cache: half a second or more. What goes wrong is raised where the result is asked for.
-
-    Args:
-        device: with its index.
-    """
-    pool = ThreadPoolExecutor(1, "slipstream-triton")
-    made = pool.submit(_first, device)
-    pool.shutdown(wait=False)
+def moved_on_card() -> Callable[..., Tensor]:
+    """`moved` in one kernel. PyTorch compiles it and keeps it on the disk: Triton would first hash itself and look for its
+    assembler, for half a second, in which the weights would wait."""
+    terms = (f"(w << {n} | w >> {32 - n}) & {mask}u" if n else f"w & {mask}u" for n, mask in MOVES)
+    source = f"""
+template <typename T> T moved(T low, T high, T quarter, T scale) {{
+    unsigned int w = ((unsigned int)low >> 16 * quarter & 0xFFFFu) | (unsigned int)high >> 16 * quarter << 16;
+    return scale == 255 ? 0 : (T)({" | ".join(terms)});
+}}"""
+    made: Callable[..., Tensor] = torch.cuda.jiterator._create_jit_fn(source)
     return made
-
-
-def _first(device: torch.device) -> None:
-    codes = torch.zeros(1, 16, 2, 16, dtype=torch.uint8, device=device)
-    for gated in (False, True):
-        _on_card(codes, codes[..., 0].contiguous(), gated)
-
-
-def _on_card(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    experts, rows, blocks, _ = codes.shape
-    words = torch.empty(experts * rows * blocks * 4, dtype=torch.int32, device=codes.device)
-    factors = torch.empty(scales.numel(), dtype=torch.uint8, device=codes.device)
-    size = 1024
-    grid: Any = (triton.cdiv(rows * blocks * 4, size), experts)
-    with torch.cuda.device_of(codes):  # Triton launches on the current device
-        _lay_out[grid](
-            codes.view(-1).view(torch.int16), scales, words, factors, rows, blocks, MOVES=MOVES, GATED=gated, SIZE=size
-        )
-    return words, factors
-
-
-@triton.jit(do_not_specialize=["rows", "blocks"])  # so that the first launches are of all the kernels that there are
-def _lay_out(  # type: ignore[no-untyped-def]
-    codes, scales, words, factors, rows, blocks, MOVES: tl.constexpr, GATED: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
-    """A word is two blocks' (slab, two blocks, g, quarter, block, half); those of the first quarter bring their scales."""
-    total = rows * blocks
-    own = tl.program_id(1).to(tl.int64) * total
-    word = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    inside = word < total * 4
-    half, quarter, g = word & 1, (word >> 2) & 3, (word >> 4) & 7
-    slab, two = (word >> 7) // (blocks // 2), (word >> 7) % (blocks // 2)
-    row = half * (rows // 2) + slab * 8 + g if GATED else slab * 16 + half * 8 + g
-    at = own + row * blocks + two * 2 + ((word >> 1) & 1)
-    low = tl.load(codes + at * 8 + quarter, mask=inside, other=0).to(tl.uint32) & 0xFFFF
-    high = tl.load(codes + at * 8 + quarter + 4, mask=inside, other=0).to(tl.uint32) << 16
-    scale = tl.load(scales + at, mask=inside, other=0)
-    plain = low | high
-    moved = tl.zeros((SIZE,), tl.uint32)
-    for i in tl.static_range(len(MOVES)):
-        if MOVES[i][0] == 0:
-            moved |= plain & MOVES[i][1]
-        else:
-            moved |= ((plain << MOVES[i][0]) | (plain >> (32 - MOVES[i][0]))) & MOVES[i][1]
-    moved = tl.where(scale == 255, 0, moved)
-    tl.store(words + own * 4 + word, moved.to(tl.int32, bitcast=True), mask=inside)
-    to = own + (word >> 7) * 32 + g * 4 + (word & 3)
-    tl.store(factors + to, tl.where(scale == 255, scale, scale + 126), mask=inside & (quarter == 0))

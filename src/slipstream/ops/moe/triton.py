@@ -22,6 +22,15 @@ FEW = 8  # pairs of a token and an expert up to which each is a tile of its own,
 WIDE = 1024  # pairs up to which each one's answer is float32 before they are added: more cost time there
 
 
+class Alone(NamedTuple):
+    """How a product is shared out where each pair is a tile of its own, and few bytes are read."""
+
+    split: int  # parts of the inputs, in warps of their own
+    slabs: int  # of 16 rows of weights in a program
+    step: int = 0  # times 64 inputs that a warp takes in a step; 0: all of them, in registers before the input is there
+    stages: int = 3
+
+
 class Tiles(NamedTuple):
     left: bool  # the weights are the left side of the product
     pairs: int  # in a tile
@@ -122,7 +131,7 @@ def _tiled(
 ) -> Tensor:
     """Each pair's answer, maybe in parts: (parts, pairs, hidden)."""
     hidden, pairs, top_k, number = x.shape[1], ids.numel(), ids.shape[1], down[0].shape[0]
-    parts = choose_parts(pairs, hidden // 16, inner // 32, tiles, x.device)
+    parts = choose_parts(pairs, down, tiles, x.dtype)
     between = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     wide = torch.float32 if pairs <= WIDE else x.dtype
     sums = torch.empty(parts, pairs, hidden, dtype=wide, device=x.device)
@@ -193,9 +202,11 @@ def run_tiles(
     kind: str | None,
     limit: float,
 ) -> None:
+    parts, pairs = (out.shape[0], out.shape[1]) if kind is None else (1, out.shape[0])
+    if schedule[1] is None and (alone := choose_alone(stack, x.dtype, pairs, parts, kind)):
+        return run_alone(x, stack, bias, schedule[0], out, alone, share, kind, limit)
     data, scales = stack[0], stack[1] if len(stack) == 2 else None
     slabs, blocks = (data.shape[1] // 16, data.shape[2] // 32) if scales is None else (data.shape[1], data.shape[2] * 2)
-    parts, pairs = (out.shape[0], out.shape[1]) if kind is None else (1, out.shape[0])
     steps = triton.cdiv(triton.cdiv(blocks, tiles.blocks), parts)
     kernels.tiles[(triton.cdiv(slabs, tiles.slabs), schedule[0].numel(), parts)](
         x, data, scales, bias, *schedule, out, x.stride(0), slabs, blocks, x.shape[1], pairs, share, steps, limit,
@@ -205,6 +216,38 @@ def run_tiles(
         PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None else 0,
         num_warps=tiles.warps, num_stages=tiles.stages, **chain(x.device),
     )  # fmt: skip
+
+
+def run_alone(
+    x: Tensor,
+    stack: tuple[Tensor, ...],
+    bias: Tensor | None,
+    experts: Tensor,
+    out: Tensor,
+    alone: Alone,
+    share: int,
+    kind: str | None,
+    limit: float,
+) -> None:
+    data, scales = stack
+    (_, slabs, twos, _), parts = data.shape, out.shape[0] if kind is None else 1
+    each = triton.cdiv(twos, alone.split * parts)
+    most, more = (alone.step, 0) if alone.step else chunks(each)
+    steps = triton.cdiv(each, most) if alone.step else 1
+    kernels.alone[(triton.cdiv(slabs, alone.slabs), len(experts), parts)](
+        x, data, scales, bias, experts, out, x.stride(0), slabs, twos, x.shape[1], out.shape[-2], share, steps, limit,
+        KIND=kind, SPLIT=alone.split, SLABS=alone.slabs, MOST=most, MORE=more, HELD=not alone.step,
+        COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
+        PREFETCH=triton.next_power_of_2(steps * most * 4) if alone.step and kind is None else 0,
+        num_warps=alone.split * alone.slabs, num_stages=alone.stages, **chain(x.device),
+    )  # fmt: skip
+
+
+def chunks(number: int) -> tuple[int, int]:
+    """Two powers of two that make the number, or the next that two can make; the second may be none."""
+    most = 1 << number.bit_length() - 1
+    more = triton.next_power_of_2(number - most) if number > most else 0
+    return (2 * most, 0) if more == most else (most, more)
 
 
 def mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
@@ -239,12 +282,43 @@ def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], t
     return 0 if each <= 24 else 64 if each <= 48 else 128
 
 
-def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torch.device) -> int:
-    """Where tiles alone leave the device idle, several programs share a tile, each with a part of the sum."""
+def choose_alone(
+    stack: tuple[Tensor, ...], dtype: torch.dtype, pairs: int, parts: int, kind: str | None
+) -> Alone | None:
+    """Measured on an H100 with the sizes of Qwen3-30B-A3B, in the order of its layer; None: tiles, which are faster where more
+    is read (as gpt-oss does)."""
+    if dtype != torch.bfloat16 or len(stack) != 2 or pairs > FEW:
+        return None
+    _, slabs, twos, _ = stack[0].shape
+    read = pairs * slabs * twos * 544
+    if kind is not None:
+        return Alone(2, 2, 4, 4) if read <= 16 << 20 else None
+    if read > 8 << 20:
+        return None
+    if pairs == parts == 1:
+        return Alone(4, 1, 4, 3)
+    alone = Alone(8, 1) if pairs == 1 else Alone(2, 2)
+    return alone if triton.cdiv(twos, alone.split * parts) <= 8 else None
+
+
+def choose_parts(
+    pairs: int, stack: tuple[Tensor, ...], tiles: Tiles, dtype: torch.dtype, *, several: bool = False
+) -> int:
+    """Where tiles alone leave the device idle, several programs share a tile, each with a part of the sum.
+
+    Args:
+        several: tokens are in a tile.
+    """
     if pairs > FEW:
         return 1
+    if not several and choose_alone(stack, dtype, pairs, few := 2 if pairs == 1 else 1, None):
+        return few
+    data = stack[0]
+    slabs, blocks = (
+        (data.shape[1] // 16, data.shape[2] // 32) if len(stack) == 1 else (data.shape[1], data.shape[2] * 2)
+    )
     programs = triton.cdiv(slabs, tiles.slabs) * pairs
-    return max(1, min(6 * processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
+    return max(1, min(6 * processors(data.device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
 
 
 @cache

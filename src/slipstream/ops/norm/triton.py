@@ -47,17 +47,26 @@ def left(pairs: Pairs | None) -> tuple[Any, ...]:
 
 def warps(size: int, pairs: Pairs | None) -> int:
     """Of a program for a row. One that reads what experts left has several numbers to fetch for each that it makes."""
-    return min(16 if _alone(pairs) else 8, max(1, size // 256))
+    if _early(pairs) or not _alone(pairs):
+        return min(8, max(1, size // 256))
+    return min(16, max(1, size // 128))
 
 
 def registers(size: int, pairs: Pairs | None) -> int | None:
     """Of a thread. Not told so, the assembler takes 64, and so waits for some of what experts left before it asks for more."""
-    return REGISTERS if _alone(pairs) and size <= 4096 else None
+    if not _alone(pairs) or size > 4096:
+        return None
+    return 64 if _early(pairs) else REGISTERS
 
 
 def _alone(pairs: Pairs | None) -> bool:
     """Whether each program has a multiprocessor to itself, and nothing else to wait for than what it reads."""
     return pairs is not None and len(pairs) <= ALONE
+
+
+def _early(pairs: Pairs | None) -> bool:
+    """Whether it has little to read: then it counts more that it starts beside the experts, and what follows reads ahead."""
+    return pairs is not None and len(pairs) == 1 and pairs.ids.shape[1] * len(pairs.sums) <= 4
 
 
 def _rows(x: Tensor) -> Tensor:
