@@ -224,6 +224,7 @@ def captured(call: Callable[[], Any]) -> None:
     """Eager twice and a replay: the same bits. Everything that is allocated may hold anything."""
     first = [t.clone() for t in call()]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # two at a time would count in the same places
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()

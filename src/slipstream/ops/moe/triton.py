@@ -311,9 +311,10 @@ def choose_parts(
     """
     if pairs > FEW:
         return 1
-    if not several and choose_alone(stack, dtype, pairs, few := 2 if pairs == 1 else 1, None):
-        return few
     data = stack[0]
+    few = 2 if pairs == 1 and data.shape[2] >= 32 else 1
+    if not several and choose_alone(stack, dtype, pairs, few, None):
+        return few
     slabs, blocks = (
         (data.shape[1] // 16, data.shape[2] // 32) if len(stack) == 1 else (data.shape[1], data.shape[2] * 2)
     )
