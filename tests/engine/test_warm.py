@@ -264,7 +264,10 @@ def test_attention_takes_its_input_where_both_are_ours(tmp_path: Path, monkeypat
 
 
 def test_experts_leave_their_sum_to_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[torch.device] = []
+    monkeypatch.setattr("slipstream.ops.moe.layout.begin", begun.append)
     plan = hopper.plan_for(tmp_path / "experts", SHAPE, monkeypatch)
+    assert begun == [torch.device("cuda", 0)], "the card is in use before weights are there to lay out"
     assert "norm[triton]" in plan.why["sum of experts"]
     assert plan.ops.experts.kernel.experts.keywords["leave"] is True  # type: ignore[attr-defined]
 

@@ -61,7 +61,7 @@ def test_the_plan_records_steps_and_makes_them_ahead(shape: Path, more: bool) ->
     ]
     got = [o.outputs[0].token_ids for o in llm.generate_batch(prompts, params)]
     decoder = llm.engine.runner.decoder
-    assert decoder is not None and len(decoder._recorded) > 3
+    assert decoder is not None and len(decoder.recorded) > 3
     for options in (
         {"enforce_eager": True, "async_scheduling": False},
         {"enforce_eager": True},
@@ -78,7 +78,7 @@ def test_a_step_repeated_is_the_same_to_the_bit(shape: Path, rows: int) -> None:
     llm.generate([[i + 3, 9, 4] for i in range(rows)], SamplingParams(temperature=0, max_new_tokens=4, ignore_eos=True))
     decoder = llm.engine.runner.decoder
     assert decoder is not None
-    replay = max(decoder._recorded.items(), key=lambda item: item[0].rows)[1]
+    replay = max(decoder.recorded.items(), key=lambda item: item[0].rows)[1]
     tokens = decoder._answers[0].clone()
     first = replay().clone()
     for _ in range(200):

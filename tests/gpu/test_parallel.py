@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -85,10 +86,10 @@ def test_mxfp4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_collectives_are_in_the_graphs(folders: dict[str, Path]) -> None:
-    llm = load(folders["gpt_oss"], 2)
+    llm = load(folders["llama"], 2)  # experts this small are called one by one, for which no step is recorded
     first = answers(llm)
     decoder = llm.engine.runner.decoder
-    assert decoder is not None and decoder._recorded
+    assert decoder is not None and decoder.recorded
     assert [answers(llm) for _ in range(3)] == [first] * 3
 
 
@@ -110,7 +111,10 @@ def test_both_ways_of_sums_give_the_same_tokens(folders: dict[str, Path], name: 
         llm = load(folders[name], 2, reduce_implementation=way)
         assert {c.op: c.name for c in llm.plan.choices}["reduce"] == way
         found[way] = answers(llm)
+        began = time.monotonic()
         del llm
+        gc.collect()
+        assert time.monotonic() - began < 8, "it parts in order, and waits for nothing"
     assert found["peers"] == found["collective"]
 
 

@@ -7,6 +7,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -483,6 +484,22 @@ def test_what_a_card_compiles_to_move_bits_is_what_torch_does(
     monkeypatch.setattr(layouts, "moved", move)
     found = layouts.laid_out(codes, scales, gated)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_a_card_is_used_beside_other_work_and_its_faults_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def broken(*_: Any, **__: Any) -> None:
+        used.append(threading.current_thread().name)
+        raise RuntimeError
+
+    monkeypatch.setattr(layouts, "laid_out", broken)
+    layouts.begin.cache_clear()
+    thread = layouts.begin(torch.device("cpu"))
+    assert layouts.begin(torch.device("cpu")) is thread
+    thread.join(20)
+    assert used == ["slipstream-begin"], "once, and nothing is said: whoever lays out will be told"
+    layouts.begin.cache_clear()
 
 
 @pytest.mark.parametrize("sort", [False, True])

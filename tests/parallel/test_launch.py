@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from slipstream import LLM, SamplingParams
 from slipstream.cli.main import run
 from slipstream.engine import worker
 from slipstream.errors import CheckpointError, ConfigError, RankError
+from slipstream.parallel import launch
 from slipstream.parallel.launch import Others
 from tests.cli.tiny import write_chat_model
 from tests.parallel.front import OPTIONS
@@ -290,3 +293,26 @@ def test_two_hosts(folder: Path, hosts: tuple[str, str]) -> None:
     (out, error), (other, more) = [r.communicate(timeout=200) for r in ranks]
     assert [r.returncode for r in ranks] == [0, 0], error + more
     assert out.partition('"usage"')[0] == alone(folder).partition('"usage"')[0] and not other
+
+
+def test_graphs_are_gone_before_their_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits for the graphs that have it in them, also where all of the model goes at once, by the garbage collector."""
+
+    class Graph:
+        pass
+
+    graph = Graph()
+    there, alive = weakref.ref(graph), []
+    others = launch.Others(1)
+    others.group = Graph()  # type: ignore[assignment]
+    whole = SimpleNamespace(is_initialized=lambda: True, group=SimpleNamespace(WORLD=others.group))
+    monkeypatch.setattr(launch, "dist", whole)
+    monkeypatch.setattr(launch, "_leave", lambda group: alive.append(there() is not None) or True)
+    crew = object.__new__(worker.Crew)
+    crew._others, crew.wires = others, SimpleNamespace(words=())  # type: ignore[assignment]
+    crew._finalizer = weakref.finalize(crew, others.close)
+    runner: Any = SimpleNamespace(decoder=SimpleNamespace(recorded={1: graph}))
+    runner.leader = worker.Leader(runner, crew)
+    del graph, crew, runner
+    gc.collect()
+    assert alive == [False]

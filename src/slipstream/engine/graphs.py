@@ -103,6 +103,9 @@ class Decoder:
         answers: the tokens that `pick` writes, and whether each is one; also where unknown ones are found.
         record: makes of a step on fixed inputs what replays it. It is also given what makes it possible to run the step once
             more: by itself each run overwrites the tokens that it begins with.
+
+    Attributes:
+        recorded: what replays the steps of each shape; clear it to let go of all that they hold.
     """
 
     def __init__(
@@ -123,12 +126,8 @@ class Decoder:
         self._logits = torch.empty(plan.max_num_seqs, plan.model_config.vocab_size, device=plan.device)
         self._rows = torch.arange(plan.max_num_seqs, device=plan.device)
         self._starts = torch.arange(plan.max_num_seqs + 1, dtype=torch.int32, device=plan.device)
-        self._recorded: dict[Shape, Run] = {}
+        self.recorded: dict[Shape, Run] = {}
         self._tables: dict[tuple[int, int], tuple[PageTable, np.ndarray]] = {}  # as arrays, while they do not change
-
-    def drop(self) -> None:
-        """Let go of all that was recorded."""
-        self._recorded.clear()
 
     def forget(self, sequence: int) -> None:
         for group in range(len(self._most)):
@@ -148,7 +147,7 @@ class Decoder:
         wide, heats = parts[0], parts[-2]
         wide[1, : len(chunks)], wide[3, : len(chunks)], heats[: len(chunks)] = sources, noise, heat
         self._inputs.send(buffer)
-        run = self._recorded.get(shape)
+        run = self.recorded.get(shape)
         if run is None:
             before = [t.clone() for t in self._answers]
 
@@ -171,7 +170,7 @@ class Decoder:
                 warnings.warn(f"a step of {shape.rows} rows cannot be recorded, and runs slower: {e}", stacklevel=2)
                 run = step  # this size goes on kernel by kernel
                 again()
-            self._recorded[shape] = run
+            self.recorded[shape] = run
         return run()[: len(chunks)]
 
     def rehearse(self) -> None:

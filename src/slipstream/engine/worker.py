@@ -99,9 +99,9 @@ class Crew:
 
         return tell
 
-    def end_with(self, what: weakref.WeakMethod[Callable[[], None]]) -> None:
-        """What is to be done before the ranks part."""
-        self._others.let_go = lambda: (found := what()) and found()
+    def end_with(self, what: Callable[[], object]) -> None:
+        """What is to be done before the ranks part. It may not hold whoever holds this."""
+        self._others.let_go = what
 
     def ready(self) -> None:
         """Wait until all have loaded."""
@@ -118,7 +118,7 @@ class Leader:
         assert crew.wires.words is not None
         self._runner, self._crew, self._words = runner, crew, crew.wires.words
         if runner.decoder is not None:
-            crew.end_with(weakref.WeakMethod(runner.decoder.drop))
+            crew.end_with(runner.decoder.recorded.clear)  # a weak one is gone before, where all of them go together
         crew.ready()
 
     def __getattr__(self, name: str) -> Any:

@@ -216,7 +216,7 @@ class Others:
         return RankError(f"rank {rank.rank} {what}{rank.last_lines()}")
 
     def _free(self) -> None:
-        """Let go whoever on this rank waits for one that is gone. On GPUs this was not tried on a card yet."""
+        """Let go whoever on this rank waits for one that is gone."""
         if self.peers is not None:
             self.peers.end()
         if self.group is not None and dist.get_backend(self.group) == "nccl":

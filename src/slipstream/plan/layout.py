@@ -132,6 +132,13 @@ def lay_out(
     choices += linear_choices(asked, loads, hardware, dtype)
     choices += experts_choice(asked, model, ops, loads, hardware, dtype, known)
     check_called(asked, model, choices, why)
+    slabs = any((c.op, c.name) == ("moe", "triton") or c.name == "triton_slabs" for c in choices)
+    if slabs and hardware.device.startswith("cuda"):
+        from slipstream.ops.moe.layout import begin
+
+        begin(
+            torch.device("cuda", torch.device(hardware.device).index or 0)
+        )  # while memory is taken and headers are read
     return Layout(
         asked, checkpoint, config, home, hardware, dtype, choices, ops, model, loads, local, ranks, units, known, why
     )

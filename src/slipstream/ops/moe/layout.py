@@ -5,7 +5,9 @@ kernels.py says what the layout is and why. A card moves the bits of what has la
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -126,3 +128,27 @@ template <typename T> T moved(T low, T high, T quarter, T scale) {{
 }}"""
     made: Callable[..., Tensor] = torch.cuda.jiterator._create_jit_fn(source)
     return made
+
+
+@cache
+def begin(device: torch.device) -> threading.Thread:
+    """Use a card for the first time, in a thread: early, beside other work. Nobody waits for it.
+
+    The first kernel of `moved_on_card` wants CUDA's compiler loaded. Before Triton's first launch in a process it hashes its own
+    files, starts its driver, asks for the version of its assembler and looks into its cache: half a second or more.
+
+    Args:
+        device: with its index.
+    """
+    thread = threading.Thread(target=_first, args=(device,), name="slipstream-begin", daemon=True)
+    thread.start()
+    return thread
+
+
+def _first(device: torch.device) -> None:
+    with suppress(Exception):  # whoever needs it will be told
+        laid_out(*(torch.zeros(1, 16, 2, *more, dtype=torch.uint8, device=device) for more in ((16,), ())), gated=False)
+        from slipstream.ops.norm.triton import add_norm
+
+        x = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
+        add_norm(x, None, x[0], 1.0)
