@@ -140,14 +140,15 @@ def begin(device: torch.device) -> threading.Thread:
     Args:
         device: with its index.
     """
-    thread = threading.Thread(target=_first, args=(device,), name="slipstream-begin", daemon=True)
+    thread = threading.Thread(target=_first, args=(device,), name="slipstream-begin")
     thread.start()
     return thread
 
 
 def _first(device: torch.device) -> None:
     with suppress(Exception):  # whoever needs it will be told
-        laid_out(*(torch.zeros(1, 16, 2, *more, dtype=torch.uint8, device=device) for more in ((16,), ())), gated=False)
+        codes = torch.zeros(1, 16, 2, 16, dtype=torch.uint8, device=device)
+        laid_out(codes, codes[..., 0].contiguous(), False)
         from slipstream.ops.norm.triton import add_norm
 
         x = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
