@@ -285,15 +285,14 @@ def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], t
 def choose_alone(
     stack: tuple[Tensor, ...], dtype: torch.dtype, pairs: int, parts: int, kind: str | None
 ) -> Alone | None:
-    """Measured on an H100 with the sizes of Qwen3-30B-A3B, in the order of its layer; None: tiles, which are faster where more
-    is read (as gpt-oss does)."""
+    """Measured on an H100 with the sizes of Qwen3-30B-A3B, in the order of its layer; None: tiles, which are faster where there
+    is more to read, as for all of gpt-oss."""
     if dtype != torch.bfloat16 or len(stack) != 2 or pairs > FEW:
         return None
     _, slabs, twos, _ = stack[0].shape
-    read = pairs * slabs * twos * 544
-    if kind is not None:
-        return Alone(2, 2, 4, 4) if read <= 16 << 20 else None
-    if read > 8 << 20:
+    if kind is not None:  # if the card holds all programs at once
+        return Alone(2, 2, 4, 4) if triton.cdiv(slabs, 2) * pairs <= 3 * processors(stack[0].device) else None
+    if pairs * slabs * twos * 544 > 8 << 20:  # bytes
         return None
     if pairs == parts == 1:
         return Alone(4, 1, 4, 3)
