@@ -197,7 +197,7 @@ def test_it_compiles_for_hopper(single: bool, invariant: bool, monkeypatch: pyte
         "WINDOW": 0, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": paged.SPLIT, "inner": None
     }  # fmt: skip
     ready = dict.fromkeys(("slots", "positions", "freq", "q_weight", "k_weight")) | {"HALF": 0}
-    constants |= ready if single else {"INVARIANT": invariant}
+    constants |= ready | {"AHEAD": False} if single else {"INVARIANT": invariant}
     kernel = decode._decode if single else module._attend
     made = build(kernel, constants, paged.tiles(8, 64, torch.bfloat16, single, invariant), invariant)
     ptx = made.asm["ptx"]

@@ -18,3 +18,8 @@ def chain(device: torch.device) -> dict[str, bool]:
     """Options of a launch: whether the kernel is one of the chain, which CHAIN tells the kernel itself."""
     can = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
     return {"CHAIN": can, "launch_pdl": can}
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8

@@ -9,6 +9,7 @@ newest key of their sequence, and no other sequence has its page (scheduler.py: 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.batch import Batch, GroupBatch
 from slipstream.ops.attention import paged
-from slipstream.ops.attention.paged import capped, finish, merge, slots_of, walk
+from slipstream.ops.attention.paged import capped, finish, merge, slots_of, take, walk
 from slipstream.ops.attention_input.triton import angles, arguments, enter, fetch, weights
-from slipstream.ops.chain import chain
+from slipstream.ops.chain import chain, processors
 from slipstream.ops.rope import Turns
 
 PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
@@ -76,9 +77,9 @@ def launch(
         norms = torch.empty_like(tops)
         parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        _decode[sequences * shape["KV_HEADS"], most](
-            *tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, **options
-        )
+        programs = sequences * shape["KV_HEADS"], most
+        ahead = entry[0] is not None and shape["WIDTH"] <= 128 and math.prod(programs) <= processors(q.device)
+        _decode[programs](*tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, AHEAD=ahead, **options)
         if most > 1:
             _combine[heads, sequences](
                 tops, norms, parts, *batch.bounds, sinks, out, most, WINDOW=shape["WINDOW"], HEAD_DIM=head_dim,
@@ -97,9 +98,13 @@ def _decode(  # type: ignore[no-untyped-def]
     slots, positions, freq, q_weight, k_weight, factor, eps, HALF: tl.constexpr,
     q_token, q_head, slot_stride, head_stride, table_stride, scale, inner,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CHAIN: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A split of a sequence's keys, for the query heads that share a key head."""
+    """A split of a sequence's keys, for the query heads that share a key head.
+
+    AHEAD: its first tile is in registers before the query is there. That is for few programs, as fewer find room so.
+    """
     if CHAIN:
         gdc_launch_dependents()
     # Key heads of one place go together, as they are neighbours in memory.
@@ -123,8 +128,18 @@ def _decode(  # type: ignore[no-untyped-def]
     head = kv_head * SHARE + lane
     dims = tl.arange(0, WIDTH)[None, :]
     mask = (lane < SHARE)[:, None] & (dims < HEAD_DIM)
-    if CHAIN:  # what stands in the cache is on its way to the L2 before the query is there
-        for begin in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+    first = low // BLOCK_N * BLOCK_N
+    ahead = first
+    if AHEAD:  # of the cache no kernel of this step writes what is read here
+        ahead += BLOCK_N
+        key = first + tl.arange(0, BLOCK_N)
+        inside = (key >= low) & (key < high)
+        stand = slots_of(pages, key, low, high, PAGE)[:, None] * slot_stride + dims
+        there = inside[:, None] & (dims < HEAD_DIM)
+        first_keys = tl.load(keys + stand, mask=there, other=0)
+        first_values = tl.load(values + stand, mask=there, other=0)
+    if CHAIN:  # the rest of it is on its way to the L2 before the query is there
+        for begin in range(ahead, high, BLOCK_N):
             place = slots_of(pages, begin + tl.arange(0, BLOCK_N), low, high, PAGE) * slot_stride
             for line in tl.static_range(0, HEAD_DIM, 64):
                 _prefetch(keys + place + line)
@@ -153,8 +168,12 @@ def _decode(  # type: ignore[no-untyped-def]
             top = capped(tl.sum(rows.to(tl.float32) * k.to(tl.float32), 1), inner) * scale
             total = v.to(tl.float32)
         norm = tl.where(split == newest, tl.exp2(top - top), 0)  # 1, or NaN
+    if AHEAD:
+        total, top, norm = take(
+            total, top, norm, rows, first_keys, first_values, key, inside, position + 0 * lane, scale, inner, WINDOW, True
+        )  # fmt: skip
     total, top, norm = walk(
-        total, top, norm, rows, keys, values, slot_stride, pages, position + 0 * lane, low // BLOCK_N * BLOCK_N, high,
+        total, top, norm, rows, keys, values, slot_stride, pages, position + 0 * lane, ahead, high,
         low, high, scale, inner, WINDOW, PAGE, HEAD_DIM, WIDTH, BLOCK_N, True,
     )  # fmt: skip
 

@@ -88,6 +88,31 @@ def capped(scores, inner):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def take(  # type: ignore[no-untyped-def]
+    total, top, norm, q, k, v, key, inside, position, scale, inner, WINDOW: tl.constexpr, MASKED: tl.constexpr
+):
+    """A tile of a walk: keys and values that have been read."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = capped(scores, inner)
+    if MASKED:
+        seen = inside[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen &= key[None, :] > position[:, None] - WINDOW
+        scores = tl.where(seen, scores * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0, higher)  # nothing seen yet
+        weights = tl.exp2(scores - base[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        base = higher
+        weights = tl.exp2(scores * scale - base[:, None])
+    shrink = tl.exp2(top - base)
+    norm = norm * shrink + tl.sum(weights, 1)
+    total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
+    return total, higher, norm
+
+
+@triton.jit
 def walk(  # type: ignore[no-untyped-def]
     total, top, norm, q, keys, values, slot_stride, pages, position, begin, end, low, high, scale, inner,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -107,24 +132,7 @@ def walk(  # type: ignore[no-untyped-def]
         v = tl.load(values + place, mask=mask, other=0)
         # The next tile's, now: so its keys and values can be fetched while this one is multiplied.
         slots = slots_of(pages, key + BLOCK_N, low, high, PAGE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = capped(scores, inner)
-        if MASKED:
-            seen = inside[None, :] & (key[None, :] <= position[:, None])
-            if WINDOW > 0:
-                seen &= key[None, :] > position[:, None] - WINDOW
-            scores = tl.where(seen, scores * scale, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0, higher)  # nothing seen yet
-            weights = tl.exp2(scores - base[:, None])
-        else:
-            higher = tl.maximum(top, tl.max(scores, 1) * scale)
-            base = higher
-            weights = tl.exp2(scores * scale - base[:, None])
-        shrink = tl.exp2(top - base)
-        norm = norm * shrink + tl.sum(weights, 1)
-        total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
-        top = higher
+        total, top, norm = take(total, top, norm, q, k, v, key, inside, position, scale, inner, WINDOW, MASKED)
     return total, top, norm
 
 

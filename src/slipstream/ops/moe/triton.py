@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.ops.chain import chain
+from slipstream.ops.chain import chain, processors
 from slipstream.ops.moe import Pairs, kernels
 from slipstream.ops.tuned import Experts, Tile
 
@@ -319,11 +319,6 @@ def choose_parts(
     )
     programs = triton.cdiv(slabs, tiles.slabs) * pairs
     return max(1, min(6 * processors(data.device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
-
-
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @cache
