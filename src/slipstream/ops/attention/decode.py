@@ -9,7 +9,6 @@ newest key of their sequence, and no other sequence has its page (scheduler.py: 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -77,9 +76,11 @@ def launch(
         norms = torch.empty_like(tops)
         parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        programs = sequences * shape["KV_HEADS"], most
-        ahead = entry[0] is not None and shape["WIDTH"] <= 128 and math.prod(programs) <= processors(q.device)
-        _decode[programs](*tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, AHEAD=ahead, **options)
+        few = sequences * shape["KV_HEADS"] <= processors(q.device)
+        ahead = few and entry[0] is not None and shape["WIDTH"] <= 128
+        _decode[sequences * shape["KV_HEADS"], most](
+            *tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, AHEAD=ahead, **options
+        )
         if most > 1:
             _combine[heads, sequences](
                 tops, norms, parts, *batch.bounds, sinks, out, most, WINDOW=shape["WINDOW"], HEAD_DIM=head_dim,
