@@ -263,11 +263,21 @@ def test_attention_takes_its_input_where_both_are_ours(tmp_path: Path, monkeypat
         assert plan.ops.decode is None and "attention_input" not in plan.why
 
 
-def test_experts_leave_their_sum_to_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_in_use_before_there_are_weights_to_lay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[torch.device] = []
     monkeypatch.setattr("slipstream.ops.moe.layout.begin", begun.append)
+    hopper.plan_for(tmp_path / "experts", SHAPE, monkeypatch)
+    assert begun == [torch.device("cuda", 0)]
+    begun.clear()
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "head_dim": 64}
+    absent = {"attention_bias": False, "layer_types": None, "quantization_config": None}
+    dense = {k: v for k, v in SHAPE.items() if "experts" not in k} | llama | absent
+    hopper.plan_for(tmp_path / "dense", dense, monkeypatch)
+    assert not begun, "floats are not laid out"
+
+
+def test_experts_leave_their_sum_to_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = hopper.plan_for(tmp_path / "experts", SHAPE, monkeypatch)
-    assert begun == [torch.device("cuda", 0)], "the card is in use before weights are there to lay out"
     assert "norm[triton]" in plan.why["sum of experts"]
     assert plan.ops.experts.kernel.experts.keywords["leave"] is True  # type: ignore[attr-defined]
 

@@ -4,6 +4,7 @@ kernels are imported; bfloat16 is wrong there, so float32 only), and compiled fo
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -103,10 +104,10 @@ def tiled(tiles: Tiles, *args: Any, **kwargs: Any) -> float:
 
 
 def alone(choice: Alone, *args: Any, **kwargs: Any) -> float:
-    """Where each pair is a tile of its own; its last sum is in two parts if there is but one."""
+    """Where each pair is by itself."""
     used, before = [], module.choose_alone
 
-    def choose(stack: Any, dtype: Any, pairs: int, parts: int, kind: str | None) -> Alone:
+    def choose(stack: Any, dtype: Any, pairs: int, kind: str | None) -> Alone:
         used.append(kind)
         return choice
 
@@ -117,6 +118,36 @@ def alone(choice: Alone, *args: Any, **kwargs: Any) -> float:
         module.choose_alone = before
     assert None in used and len(set(used)) == 2
     return found
+
+
+def in_parts(choice: Alone, parts: int, width: int, device: str = "cpu") -> float:
+    """A sum in parts, with as many products in a warp as the width makes necessary, beside float64."""
+    torch.manual_seed(width)
+    weight = stack("mxfp4", (3, 80, width), F32, device)
+    packed = prepare(weight.map(torch.clone), F32)
+    x, bias = torch.randn(1, width, device=device), torch.randn(3, 80, device=device)
+    ids = torch.tensor([2, -1, 0], dtype=torch.int32, device=device)
+    out = torch.full((parts, 3, 80), torch.nan, device=device)
+    module.run_alone(x, packed, bias, ids, out, choice, 3, None, 0.0)
+    numbers = decode(weight, F32).double()
+    wanted = torch.stack([numbers[e] @ x[0].double() + bias[e].double() for e in (2, 0)])
+    assert out[:, 1].isnan().all(), "a pair of another rank is nobody's here"
+    return ((out[:, [0, 2]].double().sum(0) - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def beside_tiles() -> float:
+    """One product by itself and one in tiles, of which four warps want the inputs in another order."""
+    worst = 0.0
+    for warps, which in itertools.product((2, 4), ({"silu"}, {None}, {"silu", None})):
+        tiles = Tiles(True, 8, warps, 4, warps, 3)
+        before = module.choose_tiles, module.choose_alone
+        module.choose_tiles = lambda *_, tiles=tiles: tiles
+        module.choose_alone = lambda *a, which=which: Alone(4, 1) if a[3] in which else None
+        try:
+            worst = max(worst, error("mxfp4", 1, "silu", sizes=(192, 96, 5, 2)))
+        finally:
+            module.choose_tiles, module.choose_alone = before
+    return worst
 
 
 def grouped(size: int, *args: Any, **kwargs: Any) -> float:
@@ -149,6 +180,17 @@ def interpreted() -> dict[str, Callable[[], float]]:
         for tokens, top_k in ((1, 1), (1, 5), (4, 2)):
             name = f"alone-{one.split}-{one.slabs}-{one.step}-{tokens}-{top_k}"
             cases[name] = partial(alone, one, "mxfp4", tokens, "swiglu_clamped", sizes=(96, 224, 5, top_k))
+    for parts, width in (
+        (2, 1344),
+        (3, 1344),
+        (2, 96),
+        (1, 2016),
+    ):  # two products in a warp, one, parts with nothing to do
+        for one in (Alone(4, 1), Alone(2, 2), Alone(4, 2, 2)):
+            cases[f"alone-{one.split}-{one.slabs}-{one.step}-parts-{parts}-{width}"] = partial(
+                in_parts, one, parts, width
+            )
+    cases["alone-beside-tiles"] = beside_tiles
     some = torch.tensor([[3, -1, 0], [-1, -1, 2]])
     cases["alone-some-elsewhere"] = partial(alone, ALONE[0], "mxfp4", 2, "silu", ids=some, sizes=(352, 96, 5, 3))
     same = torch.tensor([[4, 1]]).expand(19, 2)
@@ -408,6 +450,26 @@ def test_it_compiles_for_hopper(
     each = tiles.slabs * 16 * tiles.blocks * 32 / (32 * tiles.warps)
     counted = instructions(made.asm["cubin"], tmp_path / "kernel.cubin")
     assert counted / each < most, f"{counted / each:.2f} instructions a weight"
+
+
+def test_who_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choice(
+        slabs: int, twos: int, pairs: int, kind: str | None = None, parts: int = 1, dtype: Any = torch.bfloat16
+    ) -> Any:
+        packed = torch.empty(1, slabs, twos, 128, dtype=torch.int32, device="meta"), torch.empty(0)
+        return module.choose_alone(packed, dtype, pairs, kind, parts)
+
+    assert choice(96, 32, 8, "silu") == Alone(2, 2, 4, 4)  # Qwen3-30B-A3B
+    assert choice(128, 12, 8) == Alone(2, 2)
+    assert choice(320, 32, 1) == Alone(4, 1, 4, 3)
+    assert choice(128, 64, 1, parts=2) == Alone(8, 1)
+    assert choice(360, 45, 4, "swiglu_clamped") is choice(180, 45, 4) is None  # gpt-oss
+    assert choice(180, 45, 4, "swiglu_clamped") is choice(180, 23, 4) is None  # a half of it
+    assert choice(96, 32, 9, "silu") is choice(96, 32, 8, "silu", dtype=F32) is None
+    assert choice(16, 200, 1, parts=2) is None, "more than registers hold"
+    for number in range(1, 40):
+        most, more = module.chunks(number)
+        assert most.bit_count() == 1 and more.bit_count() <= 1 and number <= most + more <= number * 4 // 3 + 1
 
 
 @pytest.mark.parametrize("kind", ["silu", None])

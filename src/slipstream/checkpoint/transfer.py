@@ -58,17 +58,18 @@ class Card:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)  # pinned in two thirds of the time
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
-        runtime = torch.cuda.cudart()
-        code = runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)
-        if int(code) != 0:
-            raise CapacityError(
-                f"{nbytes:,} bytes of memory cannot be pinned ({code}); raise the limit on locked memory (ulimit -l)"
-            )
-        try:
+        runtime, code = torch.cuda.cudart(), None
+        try:  # Ctrl-C may come as the call ends
+            code = runtime.cudaHostRegister(buffer.data_ptr(), nbytes, 0)
+            if int(code) != 0:
+                raise CapacityError(
+                    f"{nbytes:,} bytes of memory cannot be pinned ({code}); raise the limit on locked memory (ulimit -l)"
+                )
             yield buffer
         finally:
             self.stream.synchronize()
-            runtime.cudaHostUnregister(buffer.data_ptr())
+            if code is None or int(code) == 0:
+                runtime.cudaHostUnregister(buffer.data_ptr())
 
     @property
     def direct(self) -> bool:

@@ -118,7 +118,7 @@ class Leader:
         assert crew.wires.words is not None
         self._runner, self._crew, self._words = runner, crew, crew.wires.words
         if runner.decoder is not None:
-            crew.end_with(runner.decoder.recorded.clear)  # a weak one is gone before, where all of them go together
+            crew.end_with(runner.decoder.recorded.clear)  # the garbage collector ends weak references first
         crew.ready()
 
     def __getattr__(self, name: str) -> Any:

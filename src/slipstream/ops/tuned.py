@@ -5,7 +5,8 @@ cache folder, which `slipstream tune` writes and which comes first. For other ca
         "moe": {"mxfp4 32 x 5760 x 2880": {"few": {tile}, "steps": [[5, {tile}], [48, {"group": 64}], [null, {"group": 128}]]}},
         "linear": {"bfloat16 5120 x 2880": 32}}}
 
-moe: the tile for so few pairs of a token and an expert that nothing is sorted, then for up to so many pairs an expert.
+moe: the tile for so few pairs of a token and an expert that nothing is sorted, null where the kernels' own rule is best, which may
+take each pair by itself; then for up to so many pairs an expert.
 linear: tokens up to which our own kernel is faster than cuBLAS.
 """
 
@@ -50,7 +51,7 @@ class Group(NamedTuple):
 class Experts:
     """For mixtures of experts of one shape."""
 
-    few: Tile
+    few: Tile | None  # None: by the rule of the kernels
     steps: tuple[tuple[float, Tile | Group], ...]  # up to so many pairs an expert; the last one has no bound
 
     def choose(self, each: float) -> Tile | Group:
@@ -81,7 +82,7 @@ class Tuned:
         return {
             "moe": {
                 shape: {
-                    "few": e.few._asdict(),
+                    "few": None if e.few is None else e.few._asdict(),
                     "steps": [[None if most == float("inf") else most, choice._asdict()] for most, choice in e.steps],
                 }
                 for shape, e in self.moe.items()
@@ -164,10 +165,10 @@ def _card(known: dict[str, Any], card: str) -> Tuned:
 
 
 def _experts(entry: dict[str, Any], where: str) -> Experts:
-    few: Tile | Group = _choice(entry.get("few"), where)
+    few: Tile | Group | None = None if entry.get("few", 0) is None else _choice(entry.get("few"), where)
     steps: Any = entry.get("steps")
     whole = isinstance(steps, list) and all(isinstance(s, list) and len(s) == 2 for s in steps)
-    if not isinstance(few, Tile) or not whole:
+    if isinstance(few, Group) or not whole:
         raise ValueError(f"{where}: needs a tile `few`, and `steps` of a bound and a choice each")
     *bounds, last = [s[0] for s in steps] or [0]
     if last is not None or any(type(b) not in (int, float) for b in bounds) or bounds != sorted(set(bounds)):

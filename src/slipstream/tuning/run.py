@@ -138,12 +138,12 @@ def _experts(plan: Plan, tell: Tell, lines: list[Line], clock: Clock) -> Iterato
         size = choose_group(pairs, number, x, one.down.stack, known)
         return Group(size) if size else Tile(*choose_tiles(pairs, number, plan.dtype, True, known)[1:])
 
-    found: list[tuple[float, Tile | Group]] = []
+    found: list[tuple[float, Tile | Group | None]] = []
     for most, each in {0.0: 0, **BOUNDS}.items():
         tokens = max(1, each * number // one.top_k)
         entry = "one token" if not most else f"up to {most:g} pairs an expert" if most < float("inf") else "more pairs"
         run, pairs = call(tokens)
-        before = now(pairs)
+        before = now(pairs) if most or (known is not None and known.few is not None) else None
         if (pairs <= FEW) != (not most):  # of few experts, this entry is about so few pairs that it is the one before
             found.append((most, before))
             continue
@@ -154,18 +154,21 @@ def _experts(plan: Plan, tell: Tell, lines: list[Line], clock: Clock) -> Iterato
         count = len(layers[:LAYERS])
         lines.append(Line("moe", name, entry, spell(before), times[before] / count, spell(best), times[best] / count))
         found.append((most, best))
-    few = found[0][1]
-    yield name, Experts(few if isinstance(few, Tile) else Tile(8, 2, 16, 2, 3), tuple(found[1:]))
+    (_, few), *steps = found
+    assert not isinstance(few, Group)
+    yield name, Experts(few, tuple((most, choice) for most, choice in steps if choice is not None))
 
 
-def only(choice: Tile | Group) -> Experts:
+def only(choice: Tile | Group | None) -> Experts:
     """A table that has one choice for everything."""
-    few = choice if isinstance(choice, Tile) else Tile(8, 2, 16, 2, 3)
-    return Experts(few, ((float("inf"), choice),))
+    return Experts(choice if isinstance(choice, Tile) else None, ((float("inf"), choice or Group(64)),))
 
 
-def candidates(before: Tile | Group, grouped: bool) -> list[Tile | Group]:
-    """What is tried: the choice so far, what lies around it, and products of sorted pairs where there are such."""
+def candidates(before: Tile | Group | None, grouped: bool) -> list[Tile | Group | None]:
+    """What is tried: the choice so far, what lies around it, and products of sorted pairs where there are such; for few pairs the
+    kernels' own rule (None) as well."""
+    if before is None:
+        return [None, *candidates(Tile(8, 2, 16, 2, 3), False)]
     if isinstance(before, Group):
         return [before, Group(192 - before.group), Tile(64, 8, 2, 4, 4), Tile(128, 8, 2, 4, 3)]
     p, s, b, w, n = before
@@ -248,7 +251,9 @@ def crossover(times: Mapping[int, tuple[float, float]]) -> int:
     return few
 
 
-def spell(choice: Tile | Group) -> str:
+def spell(choice: Tile | Group | None) -> str:
+    if choice is None:
+        return "by rule"
     if isinstance(choice, Group):
         return f"sorted, {choice.group} pairs"
     p, s, b, w, n = choice

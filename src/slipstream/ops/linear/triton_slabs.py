@@ -19,7 +19,7 @@ from slipstream.ops.chain import chain, processors
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import Pairs, kernels
 from slipstream.ops.moe.layout import held_bytes, prepare
-from slipstream.ops.moe.triton import FEW, TABLE, Tiles, choose_parts, mixed, run_tiles
+from slipstream.ops.moe.triton import FEW, TABLE, Alone, Tiles, choose_alone, choose_parts, mixed, run_tiles
 
 MOST = 1 << 17  # tokens at a time
 # By tokens: as for experts that each have so many, but with less of the weight a program, as there are fewer programs.
@@ -59,11 +59,12 @@ class Slabs:
             for some, to in zip(x.split(MOST), out.split(MOST), strict=True):
                 self(some, packed, bias, to)
             return out
-        tiles = choose_tiles(tokens, x.dtype)
+        tiles, alone = choose_tiles(tokens, x.dtype), choose_alone(packed, x.dtype, 1, None) if tokens == 1 else None
         programs = triton.cdiv(slabs, tiles.slabs) * triton.cdiv(tokens, tiles.pairs)
         parts = max(1, min(processors(x.device) // (2 * programs), triton.cdiv(2 * twos, tiles.blocks) // 2))
+        parts = 1 if alone else parts
         sums = out if parts == 1 else torch.empty(parts, tokens, slabs * 16, dtype=torch.float32, device=x.device)
-        _multiply(x, packed, bias, sums.view(parts, tokens, -1), tiles)
+        _multiply(x, packed, bias, sums.view(parts, tokens, -1), alone or tiles)
         if parts > 1:
             zeros, _, ones = _numbers(x.device)
             size = 1024
@@ -74,24 +75,28 @@ class Slabs:
         return out
 
     def left(self, x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor | Pairs:
-        slabs, tokens = packed[0].shape[1], len(x)
-        tiles = choose_tiles(tokens, x.dtype)
-        parts = choose_parts(1, packed, tiles, x.dtype, several=tokens > 1)
+        (_, slabs, twos, _), tokens = packed[0].shape, len(x)
+        tiles, few = choose_tiles(tokens, x.dtype), 2 if twos >= 32 else 1
+        alone = choose_alone(packed, x.dtype, 1, None, few) if tokens == 1 else None
+        parts = few if alone else choose_parts(1, slabs, 2 * twos, tiles, x.device)
         if not 0 < tokens <= FEW or parts == 1:
             return self(x, packed, bias)
         sums = torch.empty(parts, tokens, slabs * 16, dtype=torch.float32, device=x.device)
-        _multiply(x, packed, bias, sums, tiles)
+        _multiply(x, packed, bias, sums, alone or tiles)
         zeros, _, ones = _numbers(x.device)
         return Pairs(sums, zeros[:tokens, None], ones[:tokens, None], None, x.dtype)
 
 
-def _multiply(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, tiles: Tiles) -> None:
+def _multiply(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, tiles: Tiles | Alone) -> None:
     """To out, (parts, tokens, rows)."""
     if mixed(tiles, packed):
         x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
     zeros, order, _ = _numbers(x.device)
-    schedule = zeros[: triton.cdiv(len(x), tiles.pairs)], None if len(x) == 1 else order
+    schedule = (
+        zeros[:1] if isinstance(tiles, Alone) else zeros[: triton.cdiv(len(x), tiles.pairs)],
+        None if len(x) == 1 else order,
+    )
     with torch.cuda.device_of(x):  # Triton launches on the current device
         run_tiles(x, packed, bias, schedule, out, tiles, 1, None, 0.0)
 

@@ -2,8 +2,8 @@
 
 A tile is BLOCK_M pairs of a token and an expert that was picked for it, all with the same expert, by a few slabs of 16
 rows of weights. The weights are the left side of the product: the tensor cores want many rows there, and few tokens would
-not fill them. In a stack that is followed by the activation a slab is 8 rows of the gate and the same 8 of up, which the
-tensor cores then leave with one thread.
+not fill them; a pair by itself has a kernel of its own (`alone`). In a stack that is followed by the activation a slab is 8 rows
+of the gate and the same 8 of up, which the tensor cores then leave with one thread.
 
 How mxfp4 is laid out, per slab and two blocks of 32 inputs: 128 words, of which thread 4 g + t of a warp is to hold four:
 (block, half) of rows g and g + 8. A word's pair 2 i + j, element e is input 16 i + 4 t + 2 j + e of its block, as mma.sync

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slipstream.ops.chain import chain, processors
 from slipstream.ops.moe import Pairs, kernels
-from slipstream.ops.tuned import Experts, Tile
+from slipstream.ops.tuned import Experts, Group, Tile
 
 FEW = 8  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
 WIDE = 1024  # pairs up to which each one's answer is float32 before they are added: more cost time there
@@ -100,7 +100,11 @@ def experts(
             sums, places = _grouped(x, ids, gate_up, gate_up_bias, down, down_bias, inner, group, kind, limit)
         else:
             tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2, tuned)
-            sums, places = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, kind, limit), None
+            alone = tuned is None or tuned.few is None
+            sums, places = (
+                _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, alone, kind, limit),
+                None,
+            )
     made = Pairs(sums, ids, weights, places, x.dtype)
     return made if leave else add(made)
 
@@ -126,12 +130,15 @@ def _tiled(
     down_bias: Tensor | None,
     inner: int,
     tiles: Tiles,
+    alone: bool,  # each pair by itself may be, where there are few
     kind: str,
     limit: float,
 ) -> Tensor:
     """Each pair's answer, maybe in parts: (parts, pairs, hidden)."""
     hidden, pairs, top_k, number = x.shape[1], ids.numel(), ids.shape[1], down[0].shape[0]
-    parts = choose_parts(pairs, down, tiles, x.dtype)
+    one = choose_alone(gate_up, x.dtype, pairs, kind) if alone and not mixed(tiles, gate_up) else None
+    two = choose_alone(down, x.dtype, pairs, None) if alone and not mixed(tiles, down) else None
+    parts = 1 if two else choose_parts(pairs, hidden // 16, inner // 32, tiles, x.device)
     between = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     wide = torch.float32 if pairs <= WIDE else x.dtype
     sums = torch.empty(parts, pairs, hidden, dtype=wide, device=x.device)
@@ -141,8 +148,8 @@ def _tiled(
         schedule = found[:-1], order
     if mixed(tiles, down):
         x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
-    run_tiles(x, gate_up, gate_up_bias, schedule, between, tiles, top_k, kind, limit)
-    run_tiles(between, down, down_bias, schedule, sums, tiles, 1, None, limit)
+    run_tiles(x, gate_up, gate_up_bias, schedule, between, one or tiles, top_k, kind, limit)
+    run_tiles(between, down, down_bias, schedule, sums, two or tiles, 1, None, limit)
     return sums
 
 
@@ -197,14 +204,14 @@ def run_tiles(
     bias: Tensor | None,
     schedule: tuple[Tensor, Tensor | None],
     out: Tensor,
-    tiles: Tiles,
+    tiles: Tiles | Alone,
     share: int,
     kind: str | None,
     limit: float,
 ) -> None:
+    if isinstance(tiles, Alone):
+        return run_alone(x, stack, bias, schedule[0], out, tiles, share, kind, limit)
     parts, pairs = (out.shape[0], out.shape[1]) if kind is None else (1, out.shape[0])
-    if schedule[1] is None and (alone := choose_alone(stack, x.dtype, pairs, parts, kind)):
-        return run_alone(x, stack, bias, schedule[0], out, alone, share, kind, limit)
     data, scales = stack[0], stack[1] if len(stack) == 2 else None
     slabs, blocks = (data.shape[1] // 16, data.shape[2] // 32) if scales is None else (data.shape[1], data.shape[2] * 2)
     steps = triton.cdiv(triton.cdiv(blocks, tiles.blocks), parts)
@@ -250,9 +257,9 @@ def chunks(number: int) -> tuple[int, int]:
     return (2 * most, 0) if more == most else (most, more)
 
 
-def mixed(tiles: Tiles, stack: tuple[Tensor, ...]) -> bool:
+def mixed(tiles: Tiles | Alone, stack: tuple[Tensor, ...]) -> bool:
     """Whether the inputs stand in the order in which a warpgroup's tensor cores find them, as kernels.py says."""
-    return len(stack) == 2 and tiles.left and tiles.warps >= 4
+    return isinstance(tiles, Tiles) and len(stack) == 2 and tiles.left and tiles.warps >= 4
 
 
 def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool, tuned: Experts | None = None) -> Tiles:
@@ -278,21 +285,24 @@ def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], t
     each = pairs / number
     if tuned is not None:
         choice = tuned.few if pairs <= FEW else tuned.choose(each)
-        return 0 if isinstance(choice, Tile) else choice.group
+        return choice.group if isinstance(choice, Group) else 0
     return 0 if each <= 24 else 64 if each <= 48 else 128
 
 
 def choose_alone(
-    stack: tuple[Tensor, ...], dtype: torch.dtype, pairs: int, parts: int, kind: str | None
+    stack: tuple[Tensor, ...], dtype: torch.dtype, pairs: int, kind: str | None, parts: int = 1
 ) -> Alone | None:
-    """Measured on an H100 with the sizes of Qwen3-30B-A3B, in the order of its layer; None: tiles, which are faster where there
-    is more to read, as for all of gpt-oss."""
+    """Where each pair is by itself; None: tiles, which are faster where more is read, as by all or half of gpt-oss.
+
+    Measured on an H100 with the sizes of Qwen3-30B-A3B, in the order of its layer.
+    """
     if dtype != torch.bfloat16 or len(stack) != 2 or pairs > FEW:
         return None
     _, slabs, twos, _ = stack[0].shape
-    if kind is not None:  # if the card holds all programs at once
-        return Alone(2, 2, 4, 4) if triton.cdiv(slabs, 2) * pairs <= 3 * processors(stack[0].device) else None
-    if pairs * slabs * twos * 544 > 8 << 20:  # bytes
+    read = pairs * slabs * twos * 544  # bytes
+    if kind is not None:
+        return Alone(2, 2, 4, 4) if read <= 16 << 20 else None
+    if read > 8 << 20:
         return None
     if pairs == parts == 1:
         return Alone(4, 1, 4, 3)
@@ -300,25 +310,12 @@ def choose_alone(
     return alone if triton.cdiv(twos, alone.split * parts) <= 8 else None
 
 
-def choose_parts(
-    pairs: int, stack: tuple[Tensor, ...], tiles: Tiles, dtype: torch.dtype, *, several: bool = False
-) -> int:
-    """Where tiles alone leave the device idle, several programs share a tile, each with a part of the sum.
-
-    Args:
-        several: tokens are in a tile.
-    """
+def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torch.device) -> int:
+    """Where tiles alone leave the device idle, several programs share a tile, each with a part of the sum."""
     if pairs > FEW:
         return 1
-    data = stack[0]
-    few = 2 if pairs == 1 and data.shape[2] >= 32 else 1
-    if not several and choose_alone(stack, dtype, pairs, few, None):
-        return few
-    slabs, blocks = (
-        (data.shape[1] // 16, data.shape[2] // 32) if len(stack) == 1 else (data.shape[1], data.shape[2] * 2)
-    )
     programs = triton.cdiv(slabs, tiles.slabs) * pairs
-    return max(1, min(6 * processors(data.device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
+    return max(1, min(6 * processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
 
 
 @cache

@@ -15,6 +15,7 @@ from slipstream.ops.moe import Pairs
 from slipstream.ops.moe.kernels import summed
 
 REGISTERS = 128  # of a thread, at most, for 16 warps
+EARLY = 64  # of 8 warps, which find room beside the experts' programs
 ALONE = 128  # rows
 
 
@@ -31,7 +32,8 @@ def add_norm(
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _add_norm[(len(rows),)](
                 rows, more, weight, total, out, rows.stride(0), 0 if more is None else more.stride(0), rows.shape[1], eps,
-                *left(pairs), SIZE=size, num_warps=warps(size, pairs), maxnreg=registers(size, pairs), **chain(x.device),
+                *left(pairs), SIZE=size, num_warps=warps(size, pairs), maxnreg=EARLY if _early(pairs) else registers(size, pairs),
+                **chain(x.device),
             )  # fmt: skip
     return x if total is None else total.view(x.shape), out.view(x.shape)
 
@@ -54,9 +56,7 @@ def warps(size: int, pairs: Pairs | None) -> int:
 
 def registers(size: int, pairs: Pairs | None) -> int | None:
     """Of a thread. Not told so, the assembler takes 64, and so waits for some of what experts left before it asks for more."""
-    if not _alone(pairs) or size > 4096:
-        return None
-    return 64 if _early(pairs) else REGISTERS
+    return REGISTERS if _alone(pairs) and size <= 4096 else None
 
 
 def _alone(pairs: Pairs | None) -> bool:
