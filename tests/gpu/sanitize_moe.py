@@ -3,7 +3,7 @@
 for tool in memcheck racecheck; do PYTHONPATH=src:. compute-sanitizer --tool $tool python tests/gpu/sanitize_moe.py; done
 
 What racecheck reports at the first line of `grouped` and at its warp_specialize is how Triton tells warps what to run: a byte for
-each in shared memory, read and written on either side of barrier 1, which the checker does not follow there. Other lines would be ours.
+each in shared memory, read and written on either side of barrier 1, which the checker does not follow. Other lines would be ours.
 """
 
 from __future__ import annotations
