@@ -90,9 +90,8 @@ class MoE(nn.Module):
     def route(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x + delta, the norm of it, the experts of each token and their shares, (tokens, top_k) each."""
         how = {"softmax_first": self.softmax_first, "renormalize": self.renormalize}
-        both = (
-            None if isinstance(delta, Parts) else self.after_norm
-        )  # a sum over ranks is one kernel with its norm already
+        # A sum over ranks is one kernel with its norm already.
+        both = None if isinstance(delta, Parts) else self.after_norm
         if norm is not None and both is not None and fits(len(x), self.router):
             return both(x, delta, norm.weight, norm.eps, self.router, self.top_k, **how)
         x, h = add(norm, x, delta, self.dtype)

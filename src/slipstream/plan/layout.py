@@ -136,9 +136,8 @@ def lay_out(
     if slabs and hardware.device.startswith("cuda"):
         from slipstream.ops.moe.layout import begin
 
-        begin(
-            torch.device("cuda", torch.device(hardware.device).index or 0)
-        )  # while memory is taken and headers are read
+        # While memory is taken and headers are read.
+        begin(torch.device("cuda", torch.device(hardware.device).index or 0))
     return Layout(
         asked, checkpoint, config, home, hardware, dtype, choices, ops, model, loads, local, ranks, units, known, why
     )

@@ -143,12 +143,15 @@ def _experts(plan: Plan, tell: Tell, lines: list[Line], clock: Clock) -> Iterato
         tokens = max(1, each * number // one.top_k)
         entry = "one token" if not most else f"up to {most:g} pairs an expert" if most < float("inf") else "more pairs"
         run, pairs = call(tokens)
-        before = now(pairs) if most or (known is not None and known.few is not None) else None
+        tile = now(pairs)
+        by_rule = not most and (known is None or known.few is None)
+        before = None if by_rule else tile
         if (pairs <= FEW) != (not most):  # of few experts, this entry is about so few pairs that it is the one before
             found.append((most, before))
             continue
         tell(f"experts, {entry}")
-        trials = {c: partial(run, only(c)) for c in candidates(before, grouped)}
+        tried = [*([None] if by_rule else []), *candidates(tile, grouped)]
+        trials = {c: partial(run, only(c)) for c in tried}
         compile_all(lambda t=trials: [run() for run in t.values()], lambda kernel: None)  # type: ignore[misc]
         best, times = fastest(before, trials, clock)
         count = len(layers[:LAYERS])
@@ -164,11 +167,8 @@ def only(choice: Tile | Group | None) -> Experts:
     return Experts(choice if isinstance(choice, Tile) else None, ((float("inf"), choice or Group(64)),))
 
 
-def candidates(before: Tile | Group | None, grouped: bool) -> list[Tile | Group | None]:
-    """What is tried: the choice so far, what lies around it, and products of sorted pairs where there are such; for few pairs the
-    kernels' own rule (None) as well."""
-    if before is None:
-        return [None, *candidates(Tile(8, 2, 16, 2, 3), False)]
+def candidates(before: Tile | Group, grouped: bool) -> list[Tile | Group]:
+    """What is tried: the choice so far, what lies around it, and products of sorted pairs where there are such."""
     if isinstance(before, Group):
         return [before, Group(192 - before.group), Tile(64, 8, 2, 4, 4), Tile(128, 8, 2, 4, 3)]
     p, s, b, w, n = before

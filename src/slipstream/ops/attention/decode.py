@@ -21,10 +21,8 @@ from slipstream.batch import Batch, GroupBatch
 from slipstream.ops.attention import paged
 from slipstream.ops.attention.paged import capped, finish, merge, slots_of, take, walk
 from slipstream.ops.attention_input.triton import angles, arguments, enter, fetch, weights
-from slipstream.ops.chain import chain, processors
+from slipstream.ops.chain import chain, prefetch, processors
 from slipstream.ops.rope import Turns
-
-PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 def decode(
@@ -88,11 +86,6 @@ def launch(
             )  # fmt: skip
 
 
-@triton.jit
-def _prefetch(pointers):  # type: ignore[no-untyped-def]
-    tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
-
-
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode(  # type: ignore[no-untyped-def]
     q, keys, values, pages, first_pages, query_starts, starts, sinks, out, tops, norms, parts,
@@ -143,8 +136,8 @@ def _decode(  # type: ignore[no-untyped-def]
         for begin in range(ahead, high, BLOCK_N):
             place = slots_of(pages, begin + tl.arange(0, BLOCK_N), low, high, PAGE) * slot_stride
             for line in tl.static_range(0, HEAD_DIM, 64):
-                _prefetch(keys + place + line)
-                _prefetch(values + place + line)
+                prefetch(keys + place + line)
+                prefetch(values + place + line)
     at = tl.broadcast_to(dims, (BLOCK_M, WIDTH))
     cos, sin, partner = angles(positions, freq, token, factor, HALF, BLOCK_M, WIDTH, q.dtype.element_ty)
     wq, wq_there = (None, None) if q_weight is None else weights(q_weight, at, partner, HALF, HEAD_DIM)

@@ -19,7 +19,7 @@ from slipstream.ops.chain import chain, processors
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import Pairs, kernels
 from slipstream.ops.moe.layout import held_bytes, prepare
-from slipstream.ops.moe.triton import FEW, TABLE, Alone, Tiles, choose_alone, choose_parts, mixed, run_tiles
+from slipstream.ops.moe.triton import FEW, TABLE, Alone, Tiles, choose_alone, choose_parts, mix, run_tiles
 
 MOST = 1 << 17  # tokens at a time
 # By tokens: as for experts that each have so many, but with less of the weight a program, as there are fewer programs.
@@ -89,14 +89,10 @@ class Slabs:
 
 def _multiply(x: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None, out: Tensor, tiles: Tiles | Alone) -> None:
     """To out, (parts, tokens, rows)."""
-    if mixed(tiles, packed):
-        x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
+    x = mix(x, tiles, packed)
     x = x if x.stride(1) == 1 else x.contiguous()
     zeros, order, _ = _numbers(x.device)
-    schedule = (
-        zeros[:1] if isinstance(tiles, Alone) else zeros[: triton.cdiv(len(x), tiles.pairs)],
-        None if len(x) == 1 else order,
-    )
+    schedule = zeros[: triton.cdiv(len(x), tiles.pairs)], None if len(x) == 1 else order
     with torch.cuda.device_of(x):  # Triton launches on the current device
         run_tiles(x, packed, bias, schedule, out, tiles, 1, None, 0.0)
 

@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from slipstream.ops.chain import prefetch
+
 MUL = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")  # sm_80 has no mul
 # Triton 3.6 lets a product run on while the registers that it reads are filled for the next step. PTX forbids that.
 WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;")
-PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
@@ -138,12 +139,36 @@ def _load(pointers, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _activated(gate, up, KIND: tl.constexpr, limit):  # type: ignore[no-untyped-def]
-    if KIND == "swiglu_clamped":
-        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL) + 1
-        return gate * tl.sigmoid(1.702 * gate) * up
-    return gate * tl.sigmoid(gate) * up
+def _biases(bias, expert, rows, width, part, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """An expert's, for rows of what a product or, with a KIND, its activation leaves: then of gate and of up."""
+    if KIND is None:
+        found = (tl.load(bias + expert * width + rows, mask=(rows < width) & (part == 0), other=0),)
+    else:
+        gate = tl.load(bias + expert * 2 * width + rows, mask=rows < width, other=0)
+        found = gate, tl.load(bias + (expert * 2 + 1) * width + rows, mask=rows < width, other=0)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
+def _ended(total, biases, SLABS: tl.constexpr, KIND: tl.constexpr, limit):  # type: ignore[no-untyped-def]
+    """The product of SLABS slabs with some columns, and its biases; with a KIND, after the activation."""
+    COLUMNS: tl.constexpr = total.shape[1]
+    if KIND is None:
+        if biases is not None:
+            total += biases[0].to(tl.float32)[:, None]
+    else:
+        gate, up = tl.split(total.reshape(SLABS, 2, 8, COLUMNS).permute(0, 2, 3, 1))
+        gate, up = gate.reshape(SLABS * 8, COLUMNS), up.reshape(SLABS * 8, COLUMNS)
+        if biases is not None:
+            gate += biases[0].to(tl.float32)[:, None]
+            up += biases[1].to(tl.float32)[:, None]
+        if KIND == "swiglu_clamped":
+            gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL) + 1
+            total = gate * tl.sigmoid(1.702 * gate) * up
+        else:
+            total = gate * tl.sigmoid(gate) * up
+    return total
 
 
 @triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit"])
@@ -182,18 +207,13 @@ def tiles(  # type: ignore[no-untyped-def]
     first = part * steps * BLOCKS
     HEIGHT: tl.constexpr = 16 if KIND is None else 8  # of what a slab leaves
     columns, width = tl.program_id(0) * SLABS * HEIGHT + tl.arange(0, SLABS * HEIGHT), num_slabs * HEIGHT
-    if bias is not None:
-        if KIND is None:
-            first_bias = tl.load(bias + expert * width + columns, mask=(columns < width) & (part == 0), other=0)
-        else:
-            first_bias = tl.load(bias + expert * 2 * width + columns, mask=columns < width, other=0)
-            second_bias = tl.load(bias + (expert * 2 + 1) * width + columns, mask=columns < width, other=0)
+    biases = None if bias is None else _biases(bias, expert, columns, width, part, KIND)
     if CHAIN and KIND is None:
         if PREFETCH > 0:  # weights on their way to the L2 before the input is there
             lines = first * 64 + tl.arange(0, PREFETCH) * 32
             ahead = data + (real * num_blocks * 64)[:, None] + lines[None, :]
             ahead = tl.where((lines < tl.minimum(first + steps * BLOCKS, num_blocks) * 64)[None, :], ahead, data)
-            tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [ahead], dtype=tl.int32, is_pure=False, pack=1)
+            prefetch(ahead)
         gdc_wait()
         gdc_launch_dependents()
     total = tl.zeros((SLABS * 16, BLOCK_M) if LEFT else (BLOCK_M, SLABS * 16), tl.float32)
@@ -218,16 +238,7 @@ def tiles(  # type: ignore[no-untyped-def]
             total = tl.dot(part_x.to(COMPUTE), weight.T, total, input_precision="ieee")
     if not LEFT:
         total = total.T
-    if KIND is None:
-        if bias is not None:
-            total += first_bias.to(tl.float32)[:, None]
-    else:
-        gate, up = tl.split(total.reshape(SLABS, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
-        gate, up = gate.reshape(SLABS * 8, BLOCK_M), up.reshape(SLABS * 8, BLOCK_M)
-        if bias is not None:
-            gate += first_bias.to(tl.float32)[:, None]
-            up += second_bias.to(tl.float32)[:, None]
-        total = _activated(gate, up, KIND, limit)
+    total = _ended(total, biases, SLABS, KIND, limit)
     mask = (columns < width)[:, None] & (pairs < num_pairs)[None, :]
     if MIXED and KIND is not None:
         columns = (columns & ~14) | ((columns & 12) >> 1) | ((columns & 2) << 2)
@@ -247,24 +258,17 @@ def _held(data, scales, row, first, num_twos, SIZE: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _held_times(  # type: ignore[no-untyped-def]
-    held,
-    x,
-    begin,
-    num_inputs,
-    total,
-    SPLIT: tl.constexpr,
-    WARPS: tl.constexpr,
-    SIZE: tl.constexpr,
+def _times_parts(  # type: ignore[no-untyped-def]
+    weights, x, begin, num_inputs, total, SPLIT: tl.constexpr, SIZE: tl.constexpr, EACH: tl.constexpr,
     COMPUTE: tl.constexpr,
-):
-    """With them, the products of each part with the inputs in its column."""
+):  # fmt: skip
+    """And the products of each warp's words and scales with the inputs of each part, in a column each."""
+    WARPS: tl.constexpr = weights[0].shape[0]
     at = begin + tl.arange(0, SIZE * 64)[None, :]
     inside = (tl.arange(0, 8) < SPLIT)[:, None] & (at < num_inputs)
     some = tl.load(x + at, mask=inside, other=0).to(COMPUTE)
-    words = held[0].reshape(WARPS, SIZE * 128)
-    fours = held[1].reshape(WARPS, SIZE * 32)
-    weight = _mxfp4(words, fours, WARPS, SIZE, COMPUTE, False, 4)
+    words, fours = weights[0].reshape(WARPS, SIZE * 128), weights[1].reshape(WARPS, SIZE * 8 * EACH)
+    weight = _mxfp4(words, fours, WARPS, SIZE, COMPUTE, False, EACH)
     return tl.dot(weight, some.T, total, input_precision="ieee")
 
 
@@ -303,51 +307,35 @@ def alone(  # type: ignore[no-untyped-def]
     if HELD:
         held = _held(data, scales, row, first, num_twos, MOST)
         more = None if MORE == 0 else _held(data, scales, row, first + MOST, num_twos, MORE)
-    if bias is not None:
-        if KIND is None:
-            first_bias = tl.load(bias + expert * width + rows, mask=(rows < width) & (part == 0), other=0)
-        else:
-            first_bias = tl.load(bias + expert * 2 * width + rows, mask=rows < width, other=0)
-            second_bias = tl.load(bias + (expert * 2 + 1) * width + rows, mask=rows < width, other=0)
+    biases = None if bias is None else _biases(bias, expert, rows, width, part, KIND)
     if CHAIN and KIND is None:
         if PREFETCH > 0:  # weights on their way to the L2 before the input is there
             lines = tl.arange(0, PREFETCH)[None, :]
             lines = tl.where((lines < steps * TWOS * 4) & (first * 4 + lines < num_twos * 4), lines, 0)
             ahead = data + (row + tl.minimum(first, num_twos - 1)) * 128 + lines * 32
-            tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [ahead], dtype=tl.int32, is_pure=False, pack=1)
+            prefetch(ahead)
         gdc_wait()
         gdc_launch_dependents()
     total = tl.zeros((WARPS * 16, 8), tl.float32)
     if HELD:
-        total = _held_times(held, x, begin, num_inputs, total, SPLIT, WARPS, MOST, COMPUTE)
+        total = _times_parts(held, x, begin, num_inputs, total, SPLIT, MOST, 4, COMPUTE)
         if MORE > 0:
-            total = _held_times(more, x, begin + MOST * 64, num_inputs, total, SPLIT, WARPS, MORE, COMPUTE)
+            total = _times_parts(more, x, begin + MOST * 64, num_inputs, total, SPLIT, MORE, 4, COMPUTE)
     else:
         for step in range(0, steps):
-            at = begin + step * MOST * 64 + tl.arange(0, MOST * 64)[None, :]
-            some = tl.load(x + at, mask=(column < SPLIT)[:, None] & (at < num_inputs), other=0)
             two = first + step * MOST
             at = tl.arange(0, MOST * 128)[None, :]
             words = tl.load(data + (row + two) * 128 + at, mask=two * 128 + at < num_twos * 128, other=0)
             at = tl.arange(0, MOST * 8)[None, :]
             fours = tl.load(scales + (row + two) * 8 + at, mask=two * 8 + at < num_twos * 8, other=0)
-            weight = _mxfp4(words, fours, WARPS, MOST, COMPUTE, False)
-            total = tl.dot(weight, some.to(COMPUTE).T, total, input_precision="ieee")
+            total = _times_parts(
+                (words, fours), x, begin + step * MOST * 64, num_inputs, total, SPLIT, MOST, 1, COMPUTE
+            )
     own = (tl.arange(0, SPLIT)[:, None, None] == column[None, None, :]).broadcast_to(SPLIT, SLABS * 16, 8)
     total = tl.where(own, total.reshape(SPLIT, SLABS * 16, 8), 0)
-    total = tl.sum(tl.sum(total, 2), 0)
-    if KIND is None:
-        if bias is not None:
-            total += first_bias.to(tl.float32)
-    else:
-        gate, up = tl.split(total.reshape(SLABS, 2, 8).permute(0, 2, 1))
-        gate, up = gate.reshape(SLABS * 8), up.reshape(SLABS * 8)
-        if bias is not None:
-            gate += first_bias.to(tl.float32)
-            up += second_bias.to(tl.float32)
-        total = _activated(gate, up, KIND, limit)
+    total = _ended(tl.sum(tl.sum(total, 2), 0)[:, None], biases, SLABS, KIND, limit)
     out += (part.to(tl.int64) * num_pairs + pair) * width
-    tl.store(out + rows, total.to(out.dtype.element_ty), mask=rows < width)
+    tl.store(out + rows[:, None], total.to(out.dtype.element_ty), mask=(rows < width)[:, None])
 
 
 @triton.jit

@@ -30,6 +30,11 @@ class Alone(NamedTuple):
     step: int = 0  # times 64 inputs that a warp takes in a step; 0: all of them, in registers before the input is there
     stages: int = 3
 
+    @property
+    def pairs(self) -> int:
+        """In a tile."""
+        return 1
+
 
 class Tiles(NamedTuple):
     left: bool  # the weights are the left side of the product
@@ -101,10 +106,8 @@ def experts(
         else:
             tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2, tuned)
             alone = tuned is None or tuned.few is None
-            sums, places = (
-                _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, alone, kind, limit),
-                None,
-            )
+            sums = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, alone, kind, limit)
+            places = None
     made = Pairs(sums, ids, weights, places, x.dtype)
     return made if leave else add(made)
 
@@ -146,8 +149,7 @@ def _tiled(
     if pairs > FEW:
         found, order = _schedule(ids, number, tiles.pairs)
         schedule = found[:-1], order
-    if mixed(tiles, down):
-        x = x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape)
+    x = mix(x, tiles, down)
     run_tiles(x, gate_up, gate_up_bias, schedule, between, one or tiles, top_k, kind, limit)
     run_tiles(between, down, down_bias, schedule, sums, two or tiles, 1, None, limit)
     return sums
@@ -260,6 +262,11 @@ def chunks(number: int) -> tuple[int, int]:
 def mixed(tiles: Tiles | Alone, stack: tuple[Tensor, ...]) -> bool:
     """Whether the inputs stand in the order in which a warpgroup's tensor cores find them, as kernels.py says."""
     return isinstance(tiles, Tiles) and len(stack) == 2 and tiles.left and tiles.warps >= 4
+
+
+def mix(x: Tensor, tiles: Tiles | Alone, stack: tuple[Tensor, ...]) -> Tensor:
+    """The inputs in the order in which these tiles want them."""
+    return x.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).reshape(x.shape) if mixed(tiles, stack) else x
 
 
 def choose_tiles(pairs: int, number: int, dtype: torch.dtype, packed: bool, tuned: Experts | None = None) -> Tiles:
