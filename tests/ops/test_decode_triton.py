@@ -169,7 +169,7 @@ def test_it_compiles_for_hopper(shape: str, ahead: bool, monkeypatch: pytest.Mon
     constants |= {} if capped else {"inner": None}
     constants |= {} if norms else dict.fromkeys(("q_weight", "k_weight"))
     ready = dict.fromkeys(("slots", "positions", "freq", "q_weight", "k_weight")) | {"HALF": 0}
-    layout = paged.tiles(size["SHARE"], width, torch.bfloat16, True, False, window or None)
+    layout = paged.tiles(size["SHARE"], width, torch.bfloat16, True, False, window or None, ahead)
     made = build(_decode, constants | {"AHEAD": ahead}, layout)
     plain = build(_decode, constants | ready | {"AHEAD": False}, layout)
     assert resident(made, tmp_path) >= (1 if ahead else resident(plain, tmp_path)) >= 1

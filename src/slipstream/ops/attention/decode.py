@@ -64,7 +64,8 @@ def launch(
     """Fill the rows of `out` that are of sequences with one query."""
     tensors, numbers, shape = paged.arguments(q, keys, values, batch, group, out, scale, softcap, sinks)
     (_, heads, head_dim), sequences = out.shape, len(batch.starts)
-    layout = paged.tiles(shape["SHARE"], shape["WIDTH"], q.dtype, True, invariant, group.window)
+    few = sequences * shape["KV_HEADS"] <= processors(q.device)
+    layout = paged.tiles(shape["SHARE"], shape["WIDTH"], q.dtype, True, invariant, group.window, few)
     split, most = paged.splits(group)
     # Which products the compiler fuses with sums, it chooses kernel by kernel. Without that, two have the same bits.
     options = {"SPLIT": split, "enable_fp_fusion": not invariant, **chain(q.device)}
@@ -74,7 +75,6 @@ def launch(
         norms = torch.empty_like(tops)
         parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        few = sequences * shape["KV_HEADS"] <= processors(q.device)
         ahead = few and entry[0] is not None and shape["WIDTH"] <= 128
         _decode[sequences * shape["KV_HEADS"], most](
             *tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, AHEAD=ahead, **options

@@ -58,9 +58,13 @@ def splits(group: GroupBatch) -> tuple[int, int]:
 
 
 def tiles(
-    share: int, width: int, dtype: torch.dtype, decode: bool, invariant: bool, window: int | None = None
+    share: int, width: int, dtype: torch.dtype, decode: bool, invariant: bool, window: int | None = None, few: bool = False
 ) -> dict[str, int]:
-    """Rows and keys of a tile, and how it is worked on: the best of a sweep on an H100."""
+    """Rows and keys of a tile, and how it is worked on: the best of a sweep on an H100.
+
+    Args:
+        few: each program has a multiprocessor to itself.
+    """
     rows = triton.next_power_of_2(share)
     if dtype == torch.float32:  # exact, so without tensor cores: all operands go through registers
         return {"BLOCK_M": max(16, rows), "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
@@ -70,7 +74,8 @@ def tiles(
         return layout | {"num_stages": 3 if decode and width <= 128 else 2}
     if decode:
         wide = width <= 64 and window is None  # few keys fill narrow tiles better
-        return {"BLOCK_M": max(16, rows), "BLOCK_N": 128 if wide else 64, "num_warps": 4, "num_stages": 3}
+        warps = 8 if few and width <= 64 else 4
+        return {"BLOCK_M": max(16, rows), "BLOCK_N": 128 if wide else 64, "num_warps": warps, "num_stages": 3}
     return {"BLOCK_M": max(128, rows), "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if width > 128 else 3}
 
 
