@@ -108,7 +108,8 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     before its first kernel Triton hashes itself and looks for its assembler, for half a second in which weights would wait.
     """
     numbers = torch.arange(1 << 16, dtype=torch.int32, device=device)
-    return moved(numbers), moved(numbers << 16)
+    low, high = moved(torch.stack((numbers, numbers << 16)))
+    return low, high
 
 
 def _ordered(rows: Tensor, gated: bool) -> Tensor:
@@ -121,12 +122,13 @@ def _ordered(rows: Tensor, gated: bool) -> Tensor:
 
 def moved(words: Tensor) -> Tensor:
     """Words of 8 codes, int32, with all bits at their PLACES."""
-    found = torch.zeros_like(words)
-    for distance, mask in MOVES:
-        left = words << distance
-        round = words >> (32 - distance) & (1 << distance) - 1 if distance else 0
-        found |= (left | round) & (mask - (mask >> 31 << 32))
-    return found
+    masks = (mask - (mask >> 31 << 32) for _, mask in MOVES)  # as signed numbers
+    left, right, keep = torch.tensor(
+        [[n, 32 - n, mask] for (n, _), mask in zip(MOVES, masks, strict=True)], dtype=torch.int32, device=words.device
+    ).unbind(1)
+    words = words[..., None]
+    round = words >> right.clamp(max=31) & (1 << left) - 1
+    return ((words << left | round) & keep).sum(-1, dtype=torch.int32)  # of which no two have a bit in common
 
 
 @cache
@@ -148,7 +150,6 @@ def _first(device: torch.device) -> None:
     with suppress(Exception):  # whoever needs it will be told
         codes = torch.zeros(2, 32, 4 * 16, dtype=torch.uint8, device=device)
         weight = Weight("mxfp4", codes, (2, 32, 128), torch.zeros(2, 32, 4, dtype=torch.uint8, device=device))
-        for gated in (False, True):
-            prepare(weight, torch.bfloat16, gated=gated)
+        prepare(weight, torch.bfloat16, gated=True)
         numbers = codes.view(torch.bfloat16)
         torch.cat((numbers.float().to(torch.bfloat16), numbers.transpose(1, 2).contiguous().view(numbers.shape)))

@@ -327,13 +327,13 @@ def choose_alone(
     _, slabs, twos, _ = stack[0].shape
     read = pairs * slabs * twos * 544  # bytes
     if kind is not None:
-        return Alone(2, 2, 4, 4) if read <= 16 << 20 else None
-    if read > 8 << 20:
+        return Alone(2, 2, 4, 4) if read <= 24 << 20 else None
+    if read > 12 << 20:
         return None
     if pairs == parts == 1:
         return Alone(4, 1, 4, 3)
-    alone = Alone(8, 1) if pairs == 1 else Alone(2, 2)
-    return alone if triton.cdiv(twos, alone.split * parts) <= 8 else None
+    alone = Alone(8, 1) if pairs == 1 else Alone(2, 1)
+    return alone if triton.cdiv(twos, alone.split * parts) <= 12 else None
 
 
 def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torch.device) -> int:
