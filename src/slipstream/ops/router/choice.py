@@ -83,8 +83,8 @@ def picked(  # type: ignore[no-untyped-def]
     """The expert of the only token for this program, of a grid (any, top_k, any) of the experts' kernels. Triton must not know of the
     logits that they begin at a multiple of anything.
 
-    The LAST product stores all of them and their shares. It may, though it has not waited: it starts when every program of the product
-    before it has, so what is earlier has ended, and that product neither reads nor writes them.
+    The LAST product stores all of them and their shares, and reads logits, before it waits. It may: when it starts, all programs of
+    the first product have waited, so what is earlier has ended; and that product does not touch ids and shares.
     """
     slot, top_k, number = tl.program_id(1), tl.num_programs(1), numbers(WARPS, EXPERTS)
     x = tl.load(logits + number, number < experts, other=float("-inf")).to(ROUND).to(tl.float32)
