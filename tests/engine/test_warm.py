@@ -204,7 +204,7 @@ def test_one_of_two_ranks_speaks_to_nobody(
         max_model_len=400, tensor_parallel_size=2, enable_expert_parallel=spread,
     )  # fmt: skip
     assert {c.op: c.name for c in runner.plan.choices}["reduce"] == "peers"
-    assert "norm before the router" not in runner.plan.why
+    assert "norm before the router" not in runner.plan.why and ("choice of experts" in runner.plan.why) is not spread
     launched: list[tuple[bool, int]] = []
     left: list[bool] = []
     launch = reduce_triton._launch
@@ -295,8 +295,9 @@ def test_no_other_norm_or_router_is_passed_by(
     both = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch)
     assert both.ops.add_norm_router is not None
     assert both.why["norm before the router"] == "is part of router[triton] in steps of at most 8 tokens"
+    assert both.why["choice of experts"] == "is part of moe[triton] in steps of one token"
     plan = hopper.plan_for(tmp_path / "model", SHAPE, monkeypatch, **options)
-    assert plan.ops.add_norm_router is None and "norm before the router" not in plan.why
+    assert plan.ops.add_norm_router is None and not {"norm before the router", "choice of experts"} & {*plan.why}
 
 
 def test_a_step_counts_what_it_calls(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:

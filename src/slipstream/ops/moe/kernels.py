@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.ops.chain import prefetch
-from slipstream.ops.router.choice import best, numbers, store
+from slipstream.ops.router.choice import picked
 
 MUL = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")  # sm_80 has no mul
 # Triton 3.6 lets a product run on while the registers that it reads are filled for the next step. PTX forbids that.
@@ -132,24 +132,6 @@ def _mxfp4(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _picked(  # type: ignore[no-untyped-def]
-    logits, ids, shares, num_experts, ROUND: tl.constexpr, KIND: tl.constexpr, SOFTMAX_FIRST: tl.constexpr,
-    RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """The expert of this program's pair, of the only token. The product after the activation stores them all, and their shares.
-
-    It may, though it has not waited: it starts when all of the first product has, so what is earlier has ended, and the first product
-    itself neither reads nor writes them.
-    """
-    slot, top_k, number = tl.program_id(1), tl.num_programs(1), numbers(WARPS, EXPERTS)
-    x = tl.load(logits + number, number < num_experts, other=float("-inf")).to(ROUND).to(tl.float32)
-    x, order, last = best(x, number, num_experts, slot + 1, SOFTMAX_FIRST)
-    if KIND is None and (slot == top_k - 1) & (tl.program_id(0) == 0) & (tl.program_id(2) == 0):
-        store(x, order, number, 0, ids, shares, top_k, SOFTMAX_FIRST, RENORMALIZE)
-    return tl.max(last)
-
-
-@triton.jit
 def _load(pointers, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """A mask costs instructions in the loop."""
     if EVEN:
@@ -213,7 +195,8 @@ def tiles(  # type: ignore[no-untyped-def]
         expert = tl.load(experts + tile)
     else:
         ROUND: tl.constexpr = x.dtype.element_ty
-        expert = _picked(logits, experts, shares, num_experts, ROUND, KIND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
+        LAST: tl.constexpr = KIND is None
+        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
     expert = expert.to(tl.int64)
     if expert < 0:
         return
@@ -327,7 +310,8 @@ def alone(  # type: ignore[no-untyped-def]
         expert = tl.load(experts + pair)
     else:
         ROUND: tl.constexpr = x.dtype.element_ty
-        expert = _picked(logits, experts, shares, num_experts, ROUND, KIND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
+        LAST: tl.constexpr = KIND is None
+        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
     expert = expert.to(tl.int64)
     if expert < 0:
         return

@@ -3,7 +3,8 @@
 `at_once` has a program for each token and a few experts, and the last one of a token to come chooses. That it sees what the others
 stored follows from the memory model of PTX: their stores, a barrier of the program, one thread's atomic add that releases what
 stands before it to the whole card, the last program's that acquires it, a barrier again, its loads. Who comes last is left to
-chance, what it does is not: it reads all logits and adds nothing up.
+chance, what it does is not: it reads all logits and adds nothing up. Of one token the experts' kernels choose, where they can, and
+what takes 2 us here goes: then nobody counts.
 """
 
 from __future__ import annotations
