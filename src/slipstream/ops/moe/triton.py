@@ -329,7 +329,7 @@ def choose_alone(
     if kind is not None:
         return Alone(2, 2, 4, 4) if read <= 24 << 20 else None
     if read > 12 << 20:
-        return None
+        return Alone(4, 2, 4, 3) if pairs > 1 and read <= 24 << 20 else None
     if pairs == parts == 1:
         return Alone(4, 1, 4, 3)
     alone = Alone(8, 1) if pairs == 1 else Alone(2, 1)
