@@ -64,9 +64,10 @@ def launch(
     """Fill the rows of `out` that are of sequences with one query."""
     tensors, numbers, shape = paged.arguments(q, keys, values, batch, group, out, scale, softcap, sinks)
     (_, heads, head_dim), sequences = out.shape, len(batch.starts)
-    few = sequences * shape["KV_HEADS"] <= processors(q.device)
-    layout = paged.tiles(shape["SHARE"], shape["WIDTH"], q.dtype, True, invariant, group.window, few)
-    split, most = paged.splits(group)
+    room = 0 if entry[0] is None else processors(q.device) // (sequences * shape["KV_HEADS"])
+    split, most = paged.splits(group, room)
+    layout = paged.tiles(shape["SHARE"], shape["WIDTH"], q.dtype, True, invariant, group.window, room > 0)
+    layout["BLOCK_N"] = min(layout["BLOCK_N"], split)
     # Which products the compiler fuses with sums, it chooses kernel by kernel. Without that, two have the same bits.
     options = {"SPLIT": split, "enable_fp_fusion": not invariant, **chain(q.device)}
     tops = norms = parts = None
@@ -75,14 +76,14 @@ def launch(
         norms = torch.empty_like(tops)
         parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        ahead = few and entry[0] is not None and shape["WIDTH"] <= 128
+        ahead = room > 0 and shape["WIDTH"] <= 128
         _decode[sequences * shape["KV_HEADS"], most](
             *tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, AHEAD=ahead, **options
         )
         if most > 1:
             _combine[heads, sequences](
                 tops, norms, parts, *batch.bounds, sinks, out, most, WINDOW=shape["WINDOW"], HEAD_DIM=head_dim,
-                WIDTH=shape["WIDTH"], num_warps=1, **options,
+                WIDTH=shape["WIDTH"], AT_ONCE=8, num_warps=1, **options,
             )  # fmt: skip
 
 
@@ -185,7 +186,8 @@ def _decode(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["most"])
 def _combine(  # type: ignore[no-untyped-def]
     tops, norms, parts, query_starts, starts, sinks, out, most,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHAIN: tl.constexpr,
+    WINDOW: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """The splits of one query and head together, in order."""
     if CHAIN:
@@ -205,9 +207,20 @@ def _combine(  # type: ignore[no-untyped-def]
     total = tl.zeros((1, WIDTH), tl.float32)
     top = tl.full((1,), float("-inf"), tl.float32)
     norm = tl.zeros((1,), tl.float32)
-    for split in tl.range(0, num_splits, num_stages=4):
-        part = tl.load(parts + (at + split)[:, None] * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0)
-        total, top, norm = merge(total, top, norm, part, tl.load(tops + at + split), tl.load(norms + at + split))
+    for first in range(0, num_splits, AT_ONCE):
+        found, found_tops, found_norms = (), (), ()  # all of them are asked for before the first is waited for
+        for i in tl.static_range(AT_ONCE):
+            split = first + i + tl.arange(0, 1)
+            there = split < num_splits
+            found += (
+                tl.load(
+                    parts + (at + split)[:, None] * HEAD_DIM + dims, mask=there[:, None] & (dims < HEAD_DIM), other=0
+                ),
+            )  # type: ignore[assignment]
+            found_tops += (tl.load(tops + at + split, mask=there, other=float("-inf")),)  # type: ignore[assignment]
+            found_norms += (tl.load(norms + at + split, mask=there, other=0),)  # type: ignore[assignment]
+        for i in tl.static_range(AT_ONCE):  # one that is not there changes nothing
+            total, top, norm = merge(total, top, norm, found[i], found_tops[i], found_norms[i])
     sink = None if sinks is None else tl.load(sinks + head)
     total = finish(total, top, norm, sink).to(out.dtype.element_ty)
     at = row.to(tl.int64) * tl.num_programs(0) + head

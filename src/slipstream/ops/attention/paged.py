@@ -19,6 +19,7 @@ from slipstream.ops.attention import SPLIT
 
 LOG2E = math.log2(math.e)
 WHOLE = 1 << 30  # no splits
+SHORT = 64  # keys of the shortest split
 
 
 def arguments(
@@ -47,18 +48,31 @@ def arguments(
     return tensors, numbers, shape
 
 
-def splits(group: GroupBatch) -> tuple[int, int]:
-    """Keys in a split, and the most splits of a sequence."""
+def splits(group: GroupBatch, room: int = 0) -> tuple[int, int]:
+    """Keys in a split, and the most splits of a sequence.
+
+    Args:
+        room: splits of a sequence that find room on the device at once. Where that is several, they are shorter: one tile after the
+            other takes longer than to add up a few splits.
+    """
     window, longest = group.window, group.page_table[0].shape[1] * group.page_size
+    span = longest if window is None else min(window, longest)
+    size = SPLIT if room < 4 else min(SPLIT, max(SHORT, triton.next_power_of_2(triton.cdiv(span, room))))
     if window is None:
-        return SPLIT, triton.cdiv(longest, SPLIT)
+        return size, triton.cdiv(longest, size)
     if window <= SPLIT:
         return WHOLE, 1
-    return SPLIT, triton.cdiv(min(window, longest), SPLIT) + 1  # it need not begin where a split does
+    return size, triton.cdiv(span, size) + 1  # it need not begin where a split does
 
 
 def tiles(
-    share: int, width: int, dtype: torch.dtype, decode: bool, invariant: bool, window: int | None = None, few: bool = False
+    share: int,
+    width: int,
+    dtype: torch.dtype,
+    decode: bool,
+    invariant: bool,
+    window: int | None = None,
+    few: bool = False,
 ) -> dict[str, int]:
     """Rows and keys of a tile, and how it is worked on: the best of a sweep on an H100.
 
