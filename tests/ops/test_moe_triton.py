@@ -3,10 +3,9 @@ kernels are imported; bfloat16 is wrong there, so float32 only), and compiled fo
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import itertools
 import re
-import shutil
 import subprocess
 import threading
 from collections.abc import Callable
@@ -626,12 +625,12 @@ def test_who_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         packed = torch.empty(1, slabs, twos, 128, dtype=torch.int32, device="meta"), torch.empty(0)
         return module.choose_alone(packed, dtype, pairs, kind, parts)
 
-    assert choice(96, 32, 8, "silu") == Alone(2, 2, 4, 4)  # Qwen3-30B-A3B
-    assert choice(128, 12, 8) == Alone(2, 2)
+    assert choice(96, 32, 8, "silu") == Alone(2, 1, 4, 4)  # Qwen3-30B-A3B
+    assert choice(128, 12, 8) == Alone(2, 1)
     assert choice(320, 32, 1) == Alone(4, 1, 4, 3)
     assert choice(128, 64, 1, parts=2) == Alone(8, 1)
-    assert choice(360, 45, 4, "swiglu_clamped") is choice(180, 45, 4) is None  # gpt-oss
-    assert choice(180, 45, 4, "swiglu_clamped") is choice(180, 23, 4) is None  # a half of it
+    assert choice(360, 45, 4, "swiglu_clamped") is None and choice(180, 45, 4) == Alone(4, 2, 4, 3)  # gpt-oss
+    assert choice(180, 45, 4, "swiglu_clamped") == Alone(2, 1, 8, 3) and choice(180, 23, 4) == Alone(2, 1)  # a half of it
     assert choice(96, 32, 9, "silu") is choice(96, 32, 8, "silu", dtype=F32) is None
     assert choice(16, 200, 1, parts=2) is None, "more than registers hold"
     for number in range(1, 40):
@@ -641,7 +640,8 @@ def test_who_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["silu", None])
 @pytest.mark.parametrize(
-    ("one", "most"), [(Alone(8, 1), 4), (Alone(2, 2), 4), (Alone(2, 2, 4, 4), 0), (Alone(4, 1, 4), 0)]
+    ("one", "most"),
+    [(Alone(8, 1), 4), (Alone(2, 1), 4), (Alone(2, 1), 8), (Alone(2, 1, 4, 4), 0), (Alone(2, 1, 8), 0), (Alone(4, 2, 4), 0)],
 )
 def test_one_pair_compiles_for_hopper(
     one: Alone, most: int, kind: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -705,45 +705,6 @@ def test_a_choice_of_each_program_compiles_for_hopper(
     assert kind is None or "ld.global" not in before
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_what_a_card_compiles_to_move_bits_is_what_torch_does(
-    gated: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The source that PyTorch hands to CUDA's compiler, made here by the C compiler that there is."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    sources: list[str] = []
-    monkeypatch.setattr("torch.cuda.jiterator._create_jit_fn", lambda source: sources.append(source) or len)
-    layouts.moved_on_card.cache_clear()
-    layouts.moved_on_card()
-    layouts.moved_on_card.cache_clear()
-    loop = "for (long i = 0; i < n; i++) out[i] = moved<int>(low[i], high[i], quarter[i], scale[i]);"
-    file = tmp_path / "moved.cpp"
-    file.write_text(
-        sources[0]
-        + 'extern "C" void run(long n, int *low, int *high, int *quarter, int *scale, int *out) {'
-        + loop
-        + "}"
-    )
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", str(file), "-o", str(tmp_path / "moved.so")], check=True)
-    library = ctypes.CDLL(str(tmp_path / "moved.so"))
-
-    def move(*given: Tensor) -> Tensor:
-        words = [t.to(torch.int32).contiguous() for t in torch.broadcast_tensors(*given)]
-        out = torch.empty_like(words[0])
-        library.run(ctypes.c_long(out.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in (*words, out)))
-        return out
-
-    codes = torch.randint(256, (3, 48, 4, 16), dtype=torch.uint8)
-    scales = torch.randint(100, 129, (3, 48, 4), dtype=torch.uint8)
-    scales.view(-1)[::7] = 255
-    want = layouts.laid_out(codes, scales, gated)
-    monkeypatch.setattr(layouts, "moved", move)
-    found = layouts.laid_out(codes, scales, gated)
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-
-
 def test_a_card_is_used_beside_other_work_and_its_faults_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
 
@@ -751,13 +712,36 @@ def test_a_card_is_used_beside_other_work_and_its_faults_wait(monkeypatch: pytes
         used.append(threading.current_thread().name)
         raise RuntimeError
 
-    monkeypatch.setattr(layouts, "laid_out", broken)
+    monkeypatch.setattr(layouts, "prepare", broken)
     layouts.begin.cache_clear()
     thread = layouts.begin(torch.device("cpu"))
     assert layouts.begin(torch.device("cpu")) is thread
     thread.join(20)
     assert used == ["slipstream-begin"], "once, and nothing is said: whoever lays out will be told"
     layouts.begin.cache_clear()
+
+
+def test_all_that_a_layout_uses_has_been_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators of a stack of experts, of which begin() has to use each: CUDA loads a kernel when it is first launched."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Used(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(layouts, "suppress", lambda _: contextlib.nullcontext())
+    weight, seen = stack("mxfp4", (3, 64, 192), F32), []
+    for work in (lambda: layouts._first(torch.device("cpu")), lambda: prepare(weight, torch.bfloat16, gated=True)):
+        layouts._tables.cache_clear()
+        with Used() as used:
+            work()
+        seen.append(used.names)
+    assert "aten.index_select.default" in seen[1] and seen[1] <= seen[0], seen[1] - seen[0]
 
 
 @pytest.mark.parametrize("sort", [False, True])
