@@ -18,7 +18,9 @@ from slipstream.ops.formats import Weight
 
 # Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
 PLACES = ((15, (8, 7, 6)), (9, (2, 1, 0)), (3, (28, 27, 26)), (13, (14, 5, 4)))
-TOGETHER = 128 << 20  # bytes of experts that are laid out at a time: for so many the card has four times as much beside them
+TOGETHER = (
+    128 << 20
+)  # bytes of experts that are laid out at a time: for so many the card has four times as much beside them
 
 
 def _moves() -> tuple[tuple[int, int], ...]:
