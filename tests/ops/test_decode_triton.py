@@ -177,7 +177,7 @@ def test_it_compiles_for_hopper(shape: str, ahead: bool, monkeypatch: pytest.Mon
     norms, capped = size.pop("norms", True), size.pop("capped", False)
     window = size.setdefault("WINDOW", 0)
     width = 1 << (size["HEAD_DIM"] - 1).bit_length()
-    constants = size | {"WIDTH": width, "SPLIT": paged.SPLIT if window != 128 else paged.WHOLE}
+    constants = size | {"WIDTH": width}
     constants |= {} if window != 128 else dict.fromkeys(("tops", "norms", "parts"))
     constants |= {} if capped else {"inner": None}
     constants |= {} if norms else dict.fromkeys(("q_weight", "k_weight"))

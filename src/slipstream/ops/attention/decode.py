@@ -67,9 +67,8 @@ def launch(
     room = 0 if entry[0] is None else processors(q.device) // (sequences * shape["KV_HEADS"])
     split, most = paged.splits(group, room)
     layout = paged.tiles(shape["SHARE"], shape["WIDTH"], q.dtype, True, invariant, group.window, room > 0)
-    layout["BLOCK_N"] = min(layout["BLOCK_N"], split)
     # Which products the compiler fuses with sums, it chooses kernel by kernel. Without that, two have the same bits.
-    options = {"SPLIT": split, "enable_fp_fusion": not invariant, **chain(q.device)}
+    options = {"enable_fp_fusion": not invariant, **chain(q.device)}
     tops = norms = parts = None
     if most > 1:
         tops = torch.empty(sequences, heads, most, dtype=torch.float32, device=q.device)
@@ -78,25 +77,25 @@ def launch(
     with torch.cuda.device_of(q):  # Triton launches on the current device
         ahead = room > 0 and shape["WIDTH"] <= 128
         _decode[sequences * shape["KV_HEADS"], most](
-            *tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, AHEAD=ahead, **options
+            *tensors, tops, norms, parts, *entry, *numbers, split, **shape, **layout, AHEAD=ahead, **options
         )
         if most > 1:
             _combine[heads, sequences](
-                tops, norms, parts, *batch.bounds, sinks, out, most, WINDOW=shape["WINDOW"], HEAD_DIM=head_dim,
+                tops, norms, parts, *batch.bounds, sinks, out, most, split, WINDOW=shape["WINDOW"], HEAD_DIM=head_dim,
                 WIDTH=shape["WIDTH"], AT_ONCE=8, num_warps=1, **options,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "keys_each"])
 def _decode(  # type: ignore[no-untyped-def]
     q, keys, values, pages, first_pages, query_starts, starts, sinks, out, tops, norms, parts,
     slots, positions, freq, q_weight, k_weight, factor, eps, HALF: tl.constexpr,
-    q_token, q_head, slot_stride, head_stride, table_stride, scale, inner,
+    q_token, q_head, slot_stride, head_stride, table_stride, scale, inner, keys_each,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A split of a sequence's keys, for the query heads that share a key head.
+    """A split of `keys_each` of a sequence's keys, for the query heads that share a key head.
 
     AHEAD: its first tile is in registers before the query is there. That is for few programs, as fewer find room so.
     """
@@ -108,12 +107,12 @@ def _decode(  # type: ignore[no-untyped-def]
     low = 0
     if WINDOW > 0:
         low = tl.maximum(position - WINDOW + 1, 0)
-    newest, num_splits = position // SPLIT, position // SPLIT - low // SPLIT + 1
-    split = low // SPLIT + tl.program_id(1)
+    newest, num_splits = position // keys_each, position // keys_each - low // keys_each + 1
+    split = low // keys_each + tl.program_id(1)
     if tl.load(query_starts + sequence + 1) - row != 1 or split > newest:
         return
     high = position + 1 if slots is None else position  # the newest key is not in the cache yet
-    low, high = tl.maximum(low, split * SPLIT), tl.minimum(high, (split + 1) * SPLIT)
+    low, high = tl.maximum(low, split * keys_each), tl.minimum(high, (split + 1) * keys_each)
     pages += sequence * table_stride - tl.load(first_pages + sequence)
     keys += kv_head.to(tl.int64) * head_stride
     values += kv_head.to(tl.int64) * head_stride
@@ -183,10 +182,10 @@ def _decode(  # type: ignore[no-untyped-def]
     tl.store(out + (token * (KV_HEADS * SHARE) + head)[:, None] * HEAD_DIM + dims, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["most"])
+@triton.jit(do_not_specialize=["most", "keys_each"])
 def _combine(  # type: ignore[no-untyped-def]
-    tops, norms, parts, query_starts, starts, sinks, out, most,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+    tops, norms, parts, query_starts, starts, sinks, out, most, keys_each,
+    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
     """The splits of one query and head together, in order."""
@@ -199,7 +198,7 @@ def _combine(  # type: ignore[no-untyped-def]
     low = 0
     if WINDOW > 0:
         low = tl.maximum(position - WINDOW + 1, 0)
-    num_splits = position // SPLIT - low // SPLIT + 1
+    num_splits = position // keys_each - low // keys_each + 1
     if tl.load(query_starts + sequence + 1) - row != 1 or num_splits == 1:
         return
     dims = tl.arange(0, WIDTH)[None, :]

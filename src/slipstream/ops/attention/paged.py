@@ -87,7 +87,7 @@ def tiles(
         layout = {"BLOCK_M": max(64, rows), "BLOCK_N": 64, "num_warps": 8 if width > 128 else 4}
         return layout | {"num_stages": 3 if decode and width <= 128 else 2}
     if decode:
-        wide = width <= 64 and window is None  # few keys fill narrow tiles better
+        wide = width <= 64 and window is None and not few  # few keys fill narrow tiles better
         warps = 8 if few and width <= 64 else 4
         return {"BLOCK_M": max(16, rows), "BLOCK_N": 128 if wide else 64, "num_warps": warps, "num_stages": 3}
     return {"BLOCK_M": max(128, rows), "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if width > 128 else 3}
