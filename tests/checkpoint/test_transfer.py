@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +57,14 @@ class Plain(Card):
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
+
+    aside = beside
+
+    def free(self) -> int:
+        return 2000
+
+    def hand_over(self, landed: Iterable[Tensor]) -> None:
+        pass
 
     @contextlib.contextmanager
     def pinned(self, nbytes: int) -> Iterator[Tensor]:
@@ -180,7 +188,7 @@ def test_everything_arrives_once(tmp_path: Path, case: int, hashed: bool, kind: 
 def test_only_what_is_wanted_is_read_and_in_long_runs(tmp_path: Path) -> None:
     path = tmp_path / "x"
     tensors = [TensorInfo("a", "U8", (50,), 50, path, 30), TensorInfo("b", "U8", (90,), 90, path, 450)]
-    blocks = cut(tensors, {}, 100, 1)
+    blocks = [*cut(tensors, {}, 100, 1)]
     assert [(b.begin, b.end) for b in blocks] == [(30, 80), (450, 500), (500, 540)]
     blocks = cut(tensors, {path: 612}, 100, 1)
     assert [(b.begin, b.end) for b in blocks] == [(100 * k, min(612, 100 * k + 100)) for k in range(7)]

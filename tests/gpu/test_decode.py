@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from slipstream.ops.attention.decode import decode
 from slipstream.ops.attention.triton import attention
 from slipstream.ops.attention_input.triton import attention_input
-from tests.ops.test_decode_triton import Entering, all_alike, padded
+from tests.ops.test_decode_triton import Entering, all_alike, padded, with_room
 
 pytestmark = pytest.mark.gpu
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -70,11 +70,12 @@ def test_it_gives_what_two_kernels_give(window: int | None, head_dim: int, dtype
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("window", [None, 200, 700])
 def test_the_same_bits_whatever_else_is_in_the_call(window: int | None, head_dim: int, dtype: torch.dtype) -> None:
+    """As long as the device has the same room for their splits."""
     lengths = (1200, 1033, 70, 513, 5)
     made = Entering(
         lengths, heads=16, kv_heads=2, head_dim=head_dim, half=head_dim // 2, window=window, dtype=dtype, device="cuda"
     )
-    assert all_alike(made) == 0 and padded(made) == 0
+    assert with_room(lambda: all_alike(made) + padded(made), 0) == 0
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

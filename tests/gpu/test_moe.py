@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,8 +13,11 @@ pytest.importorskip("triton")
 from slipstream.ops.formats import encode
 from slipstream.ops.moe import triton as module
 from slipstream.ops.moe.layout import prepare
-from slipstream.ops.moe.triton import Alone, Tiles
-from tests.ops.test_moe_triton import alone, case, error, grouped, layout, tiled
+from slipstream.ops.moe.triton import TABLE, Alone, Tiles
+from slipstream.ops.norm.triton import add_norm
+from slipstream.ops.router import Logits
+from slipstream.ops.router.triton import add_norm_router
+from tests.ops.test_moe_triton import alone, case, error, grouped, late, layer, layout, tiled
 
 pytestmark = pytest.mark.gpu
 BF = torch.bfloat16
@@ -60,6 +66,78 @@ def test_each_pair_alone(size: str, one: Alone) -> None:
 def test_the_grouped_product(name: str, size: int) -> None:
     for tokens, kind in ((1, "silu"), (45, "swiglu_clamped"), (700, "swiglu_clamped"), (1300, "silu")):
         assert grouped(size, "mxfp4", tokens, kind, BF, "cuda", SIZES[name]) < 6e-3
+
+
+WHOLE = {  # kind, softmax_first, and sizes
+    "gpt-oss": ("swiglu_clamped", False, (2880, 2880, 32, 4)),
+    "qwen": ("silu", True, (2048, 768, 128, 8)),
+}
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("model", WHOLE)
+def test_experts_choose_as_the_router_does(model: str, normed: bool) -> None:
+    kind, first, sizes = WHOLE[model]
+    assert late(None, first, True, kind, BF, "cuda", sizes, normed) == 0
+    for other in (sizes, (160, 96, 5, 2), (160, 96, 40, 8), (320, 256, 300, 5)):
+        for one in (Alone(2, 2, 4, 4), Alone(8, 1), Alone(4, 2, 2), TABLE["few"], Tiles(True, 8, 4, 4, 4, 3)):
+            for again in (True, False) if first else (True,):
+                assert late(one, first, again, kind, BF, "cuda", other, normed) == 0
+    assert late(TABLE["float32"], first, True, kind, torch.float32, "cuda", (160, 96, 40, 4), normed) == 0
+    hidden, inner, number, top_k = sizes
+    assert layer(kind, top_k, (hidden, inner, number), BF, "cuda") == 0
+
+
+@pytest.mark.parametrize("model", WHOLE)
+def test_a_choice_of_each_program_replayed_400_times(model: str) -> None:
+    """Three layers in one graph, for two tokens by turns: memory holds the other's logits, experts and shares, so that whatever reads
+    or writes too early gives other bits than layers whose router chooses, run one kernel after the other."""
+    kind, first, (hidden, inner, number, top_k) = WHOLE[model]
+    torch.manual_seed(0)
+    layers: list[Any] = []
+    for _ in range(3):
+        shapes = (number, 2 * inner, hidden), (number, hidden, inner)
+        stacks = [encode(torch.randn(s, device="cuda") * s[-1] ** -0.5, "mxfp4") for s in shapes]
+        packed = [prepare(w, BF, gated=i == 0) for i, w in enumerate(stacks)]
+        weight = (torch.randn(number, hidden, device="cuda") * hidden**-0.5).to(BF)
+        arrived = torch.zeros(8, dtype=torch.int32, device="cuda")
+        layers.append((packed, SimpleNamespace(dense=weight, bias=None, arrived=arrived)))
+    norm, tokens = torch.ones(hidden, dtype=BF, device="cuda"), torch.randn(2, 1, hidden, device="cuda").to(BF)
+    x = tokens[0].clone()
+
+    def run(leave: bool) -> list[torch.Tensor]:
+        total, delta, found = x, x, []
+        for (gate_up, down), router in layers:
+            values = torch.empty(1, number, dtype=torch.float32, device="cuda")
+            left: dict[str, Any] = {"logits": Logits(values, first, True)} if leave else {}
+            total, h, ids, shares = add_norm_router(
+                total, delta, norm, 1e-5, router, top_k, softmax_first=first, **left
+            )
+            if not leave:
+                torch.cuda.synchronize()
+            delta = module.experts(h, ids, shares, gate_up, None, down, None, kind=kind, leave=True, **left)
+            if not leave:
+                torch.cuda.synchronize()
+            found += [ids, shares]
+        return [*found, *add_norm(total, delta, norm, 1e-5)]
+
+    wanted = []
+    for token in tokens:
+        x.copy_(token)
+        wanted.append([t.clone() for t in run(False)])
+    assert not torch.equal(wanted[0][0], wanted[1][0])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(True)
+    for i in range(400):
+        x.copy_(tokens[i % 2])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted[i % 2], strict=True)), i
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 64, 200, 700])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from slipstream import LLM, SamplingParams
 from slipstream.layers.mlp import MLP, MoE
 from slipstream.ops.norm.reference import add_norm
-from slipstream.ops.router import AT_ONCE, WIDEST
+from slipstream.ops.router import AT_ONCE, WIDEST, Logits
 from slipstream.ops.router.reference import router
 from slipstream.parallel.collectives import Parts
 from tests.parity.tiny import save
@@ -72,3 +73,54 @@ def test_what_has_a_kernel_with_its_norm_or_has_no_norm_goes_one_by_one(tmp_path
         mlp.route(norm, x, delta)
     mlp.router.arrived = None  # its weight is packed, or wider than WIDEST
     assert torch.equal(mlp.route(norm, x, delta)[2], want[2]) and WIDEST >= 4096
+
+
+def test_the_choice_is_left_to_experts_that_can_make_it_of_one_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("qwen3_moe", tmp_path / "model")
+    model = LLM(tmp_path / "model", device="cpu", dtype="float32").engine.runner.model
+    mlp, norm = next((m.mlp, m.before_mlp) for m in model.layers if isinstance(m.mlp, MoE))
+    plain = mlp.experts.kernel
+    told: dict[str, Logits | None] = {}
+
+    def pick(h: Tensor, linear: Any, top_k: int, logits: Logits | None = None, **how: bool) -> tuple[Tensor, Tensor]:
+        told["router"] = logits
+        return router(h, linear, top_k, **how)
+
+    def both(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *more: Any, **how: Any) -> tuple[Tensor, ...]:
+        total, h = add_norm(x, delta, weight, eps)
+        return total, h, *pick(h, *more, **how)
+
+    def experts(*given: Any, logits: Logits | None = None, **how: Any) -> Tensor:
+        told["experts"] = logits
+        out: Tensor = plain.experts(*given, **how)
+        return out
+
+    class Sums:
+        def reduce_norm(self, part: Tensor, x: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+            return add_norm(x, part, weight, more[0])
+
+    def left(tokens: int = 1, summed: bool = False) -> bool:
+        told.clear()
+        x, delta = torch.randn(2, tokens, mlp.router.dense.shape[1])
+        mlp(norm, x, Parts(delta, Sums(), None) if summed else delta)  # type: ignore[arg-type]
+        assert told["router"] is told["experts"], "both know, or nobody does"
+        return told["router"] is not None
+
+    mlp.after_norm, mlp.pick, mlp.experts.kernel = both, pick, replace(plain, experts=experts, chooses=mlp.top_k)
+    assert left() and left(summed=True) and not left(2)
+    logits = told["router"] if left() else None
+    assert logits is not None and logits.values.shape == (1, mlp.num_experts) and logits.values.dtype == torch.float32
+    assert (logits.softmax_first, logits.renormalize) == (mlp.softmax_first, mlp.renormalize)
+    for owner, name, value in (
+        (mlp, "after_norm", None),  # another router
+        (mlp.experts, "kernel", replace(mlp.experts.kernel, chooses=mlp.top_k - 1)),
+        (mlp.router, "arrived", None),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert not left(), name
+    monkeypatch.setattr(type(mlp.ranks), "experts", range(mlp.num_experts))
+    monkeypatch.setattr(type(mlp.ranks), "combine", lambda self, out, ids: out, raising=False)
+    assert not left(), "experts are spread over ranks, and numbers are to be looked up"

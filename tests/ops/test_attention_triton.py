@@ -194,10 +194,10 @@ def test_it_compiles_for_hopper(single: bool, invariant: bool, monkeypatch: pyte
     the registers that it reads are filled again (see STAGES in ops/linear/triton.py)."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants: dict[str, Any] = {
-        "WINDOW": 0, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "SPLIT": paged.SPLIT, "inner": None
+        "WINDOW": 0, "KV_HEADS": 8, "SHARE": 8, "HEAD_DIM": 64, "WIDTH": 64, "inner": None
     }  # fmt: skip
     ready = dict.fromkeys(("slots", "positions", "freq", "q_weight", "k_weight")) | {"HALF": 0}
-    constants |= ready if single else {"INVARIANT": invariant}
+    constants |= ready | {"AHEAD": False} if single else {"SPLIT": paged.SPLIT, "INVARIANT": invariant}
     kernel = decode._decode if single else module._attend
     made = build(kernel, constants, paged.tiles(8, 64, torch.bfloat16, single, invariant), invariant)
     ptx = made.asm["ptx"]

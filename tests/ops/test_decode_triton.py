@@ -24,6 +24,7 @@ from tests.ops import interpreter
 
 pytest.importorskip("triton")
 
+from slipstream.ops.attention import decode as module
 from slipstream.ops.attention import paged
 from slipstream.ops.attention.decode import _decode, decode
 from tests.ops.test_attention_triton import World, build, different
@@ -116,6 +117,15 @@ def padded(world: Entering) -> float:
     return float(different(found[:2], want))
 
 
+def with_room(case: Callable[[], float], programs: int = 1000) -> float:
+    """On a device with room for so many programs: where it is for several splits of a sequence, they are short."""
+    before, module.processors = module.processors, lambda device: programs  # type: ignore[assignment]
+    try:
+        return case()
+    finally:
+        module.processors = before
+
+
 LENGTHS = (41, 19, 9, 1, 33, 16)  # splits are of 8 keys here: 41, 9, 1 and 33 begin one
 
 
@@ -131,9 +141,12 @@ def interpreted() -> dict[str, Callable[[], float]]:
         "many heads": lambda: Entering((70, 9, 17), heads=19, kv_heads=1, half=5).error([2, 0, 1]),
         "80": lambda: Entering((34, 3), heads=3, kv_heads=3, head_dim=80, half=40, norms=False).error([0, 1]),
         "96": lambda: Entering((34, 3), heads=3, kv_heads=1, head_dim=96, half=24).error([1, 0]),
-        "alike": lambda: all_alike(Entering((30, 21, 3, 17))),
-        "alike in windows": lambda: all_alike(Entering((30, 21, 3, 17), window=19, half=3)),
+        "alike": lambda: with_room(lambda: all_alike(Entering((30, 21, 3, 17))), 0),
+        "alike in windows": lambda: with_room(lambda: all_alike(Entering((30, 21, 3, 17), window=19, half=3)), 0),
         "padded": lambda: padded(Entering(LENGTHS)),
+        "short splits": lambda: with_room(lambda: Entering((41, 5, 36), head_dim=80, half=40).error([0, 1, 2])),
+        "short splits in a window": lambda: with_room(lambda: Entering((41, 5, 36), window=19).error([2, 0, 1])),
+        "short splits alike": lambda: with_room(lambda: all_alike(Entering((30, 21, 3, 17)))),
     }
 
 
@@ -156,28 +169,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_it_compiles_for_hopper(shape: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shape", "ahead"), [*((name, False) for name in SHAPES), ("gpt-oss", True), ("qwen3", True)])
+def test_it_compiles_for_hopper(shape: str, ahead: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As many programs of it find room as without the entry. What comes after the wait needs few barriers before keys are fetched."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     size = dict(SHAPES[shape])
     norms, capped = size.pop("norms", True), size.pop("capped", False)
     window = size.setdefault("WINDOW", 0)
     width = 1 << (size["HEAD_DIM"] - 1).bit_length()
-    constants = size | {"WIDTH": width, "SPLIT": paged.SPLIT if window != 128 else paged.WHOLE}
+    constants = size | {"WIDTH": width}
     constants |= {} if window != 128 else dict.fromkeys(("tops", "norms", "parts"))
     constants |= {} if capped else {"inner": None}
     constants |= {} if norms else dict.fromkeys(("q_weight", "k_weight"))
     ready = dict.fromkeys(("slots", "positions", "freq", "q_weight", "k_weight")) | {"HALF": 0}
-    layout = paged.tiles(size["SHARE"], width, torch.bfloat16, True, False, window or None)
-    made, plain = build(_decode, constants, layout), build(_decode, constants | ready, layout)
-    assert resident(made, tmp_path) >= resident(plain, tmp_path) >= 1
+    layout = paged.tiles(size["SHARE"], width, torch.bfloat16, True, False, window or None, ahead)
+    made = build(_decode, constants | {"AHEAD": ahead}, layout)
+    plain = build(_decode, constants | ready | {"AHEAD": False}, layout)
+    assert resident(made, tmp_path) >= (1 if ahead else resident(plain, tmp_path)) >= 1
     before, _, after = made.asm["ptx"].partition("griddepcontrol.wait")
     loads = re.findall(r"ld\.global\S*", before), re.findall(r"ld\.global\S*", after.partition("cp.async")[0])
     assert "prefetch.global.L2" in before and "prefetch" not in after and "st.global" not in before
-    assert not any(".b16" in load for load in loads[1]) and any("v4" in load for load in loads[1])
+    assert not any(".b16" in load for load in loads[1]) and any("v4" in load or "v2" in load for load in loads[1])
     assert any("v4" in load for load in loads[0]) or not norms, "their weights are there before the product is"
-    assert after.partition("cp.async")[0].count("bar.sync") <= 8
+    assert after.partition("cp.async")[0].count("bar.sync") <= (16 if ahead else 8)  # with those of the first tile
     assert "mma.sync" in after and "wgmma" not in after
 
 
@@ -207,6 +221,9 @@ def test_it_stands_in_for_two_implementations_of_ours_alone() -> None:
 
 
 if __name__ == "__main__":
-    paged.SPLIT = 8  # so that short sequences have many splits
+    paged.SPLIT, paged.SHORT = (
+        8,
+        2,
+    )  # so that short sequences have many splits, more than are brought together at a time
     paged.tiles = lambda share, *_: {"BLOCK_M": 32 if share > 16 else 16, "BLOCK_N": 16}
     interpreter.main(interpreted())

@@ -496,6 +496,12 @@ KERNELS: dict[
         AT_ONCE,
         8,
     ),
+    "at_once_left_to_experts": (
+        at_once,
+        {"EXPERTS": 128, "WARPS": 8, "SIZE": 2048, **CHOICE, **ALL_GIVEN, "arrived": None},
+        AT_ONCE,
+        8,
+    ),
     "at_once_widest": (at_once, {"EXPERTS": 256, "WARPS": 16, "SIZE": 8192, **CHOICE, **ALL_GIVEN}, AT_ONCE, 16),
     "at_once_float32": (
         at_once,
@@ -608,7 +614,12 @@ def test_it_compiles_for_hopper_without_spills(name: str, monkeypatch: pytest.Mo
     assert bool(wait) == chained == ("griddepcontrol.launch_dependents" in ptx)
     assert not chained or ("st.global" in after and "st.global" not in before)  # an earlier kernel may still read there
     assert name != "attention_input" or ".b16" not in "".join(x for x in ptx.splitlines() if "ld.global" in x)
-    if kernel is at_once:
+    if kernel is at_once and "arrived" in constants:
+        last = ptx.rpartition("st.global.b32")[0]
+        assert "atom" not in ptx and "bar.sync" in last and "bar.sync" not in ptx[len(last) :], (
+            "nobody waits, and nobody chooses"
+        )
+    elif kernel is at_once:
         counts_right(before, after, {"at_once_widest": 4 * 2, "at_once_float32": 4 * 4}.get(name, 4))
     if name in LOADS:  # all of a sum is asked for before any of it is waited for
         first = re.split(r"FADD|FFMA", dump("-sass").split("ACQBULK")[1])[0]

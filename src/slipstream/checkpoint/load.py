@@ -261,7 +261,7 @@ def transfer(model: nn.Module, loads: Sequence[Load], checkpoint: Checkpoint, ca
     shards = shards_of(checkpoint.path, _ranks(model)) if checkpoint.kind == "safetensors" else {}
     arrivals = Transfer(wanted, card, shards)
     try:
-        with card.beside(), contextlib.closing(arrivals.arrive()) as arriving:
+        with card.aside(), contextlib.closing(arrivals.arrive()) as arriving:
             for nbytes, complete in arriving:
                 for i in complete:
                     there = arrivals.take(i)

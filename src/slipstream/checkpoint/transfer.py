@@ -1,8 +1,8 @@
 """Files onto a card: threads read blocks into pinned memory, and each is copied while the next are read.
 
 Blocks lie at multiples of BLOCK in a file and go round the threads in order, so a disk sees long reads, one after another.
-Copies, and all that is made of what arrived, are in the order of one stream beside the one that computes: nothing waits
-but a thread for its own buffer. Where hashes are known, whole files are read, and what is copied is what was hashed; where
+Copies are in the order of one stream, what is made of what arrived in that of another, both beside the one that computes: nothing
+waits but a thread for its own buffer. Where hashes are known, whole files are read, and what is copied is what was hashed; where
 there are none, and a C compiler is there, some blocks at a time are one call (checkpoint/direct.py).
 """
 
@@ -15,7 +15,7 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +45,22 @@ class Card:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.making = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
         """What a thread launches in here goes to the stream of the copies."""
         return torch.cuda.stream(self.stream)
+
+    def aside(self) -> contextlib.AbstractContextManager[Any]:
+        """And here to the stream on which is made what they become: they go on meanwhile."""
+        return torch.cuda.stream(self.making)
+
+    def hand_over(self, landed: Iterable[Tensor]) -> None:
+        """What is launched from here on finds these copied; and they are not overwritten before it is done with them."""
+        here = torch.cuda.current_stream(self.device)
+        here.wait_stream(self.stream)
+        for tensor in landed:
+            tensor.record_stream(here)
 
     @contextlib.contextmanager
     def pinned(self, nbytes: int) -> Iterator[Tensor]:
@@ -70,6 +81,10 @@ class Card:
             self.stream.synchronize()
             if code is None or int(code) == 0:
                 runtime.cudaHostUnregister(buffer.data_ptr())
+
+    def free(self) -> int:
+        """Bytes."""
+        return torch.cuda.mem_get_info(self.device)[0]
 
     @property
     def direct(self) -> bool:
@@ -93,6 +108,7 @@ class Card:
     def finish(self) -> None:
         """Everything is done, and what was only needed meanwhile is free for other streams."""
         self.stream.synchronize()
+        self.making.synchronize()
         torch.cuda.empty_cache()
 
 
@@ -124,41 +140,44 @@ class Block:
         return found
 
 
-def cut(tensors: Sequence[TensorInfo], whole: Mapping[Path, int], size: int, lanes: int) -> list[Block]:
-    """The blocks to read, in their order.
+def cut(tensors: Sequence[TensorInfo], whole: Mapping[Path, int], size: int, lanes: int) -> Iterator[Block]:
+    """The blocks to read, in their order, each made when it is asked for.
 
     Args:
         whole: files that are read from end to end, and their sizes; of others only what is wanted.
         size: of a block.
         lanes: files that are read side by side.
     """
-    blocks: dict[tuple[Path, int], Block] = {}
+    wanted: dict[Path, list[int]] = {file: [] for file in whole}
     for i, t in enumerate(tensors):
-        at = 0
-        for offset, nbytes in t.spans:
-            end = offset + nbytes
-            for k in range(offset // size, -(-end // size) if nbytes else 0):
-                begin, stop = max(offset, k * size), min(end, (k + 1) * size)
-                block = blocks.setdefault((t.file, k), Block(t.file, begin, stop))
-                block.begin, block.end = min(block.begin, begin), max(block.end, stop)
-                block.pieces.append(Piece(i, begin, at + begin - offset, stop - begin))
-            at += nbytes
-    for file, total in whole.items():
-        for k in range(-(-total // size)):
-            block = blocks.setdefault((file, k), Block(file, 0, 0))
-            block.begin, block.end = k * size, min(total, (k + 1) * size)
-    for block in blocks.values():
-        block.pieces = [Piece(p.tensor, p.begin - block.begin, p.at, p.nbytes) for p in block.pieces]
-    rank = {file: i for i, file in enumerate(sorted({file for file, _ in blocks}))}
-    order = sorted(blocks, key=lambda at: (rank[at[0]] // lanes, at[1], rank[at[0]]))
-    return [blocks[at] for at in order]
+        wanted.setdefault(t.file, []).append(i)
+    files = sorted(wanted)
+    for some in (files[i : i + lanes] for i in range(0, len(files), lanes)):
+        blocks: dict[tuple[int, int], Block] = {}  # by where they come in a file, and by the file
+        for rank, file in enumerate(some):
+            for i in wanted[file]:
+                at = 0
+                for offset, nbytes in tensors[i].spans:
+                    end = offset + nbytes
+                    for k in range(offset // size, -(-end // size) if nbytes else 0):
+                        begin, stop = max(offset, k * size), min(end, (k + 1) * size)
+                        block = blocks.setdefault((k, rank), Block(file, begin, stop))
+                        block.begin, block.end = min(block.begin, begin), max(block.end, stop)
+                        block.pieces.append(Piece(i, begin, at + begin - offset, stop - begin))
+                    at += nbytes
+            for k in range(-(-whole.get(file, 0) // size)):
+                block = blocks.setdefault((k, rank), Block(file, 0, 0))
+                block.begin, block.end = k * size, min(whole[file], (k + 1) * size)
+        for _, block in sorted(blocks.items()):
+            block.pieces = [Piece(p.tensor, p.begin - block.begin, p.at, p.nbytes) for p in block.pieces]
+            yield block
 
 
 Arrived = tuple[int, list[int]]  # bytes of a block that were wanted, and whose tensors are complete with it
 
 
 class Transfer:
-    """The way of many tensors onto a card. Iterate over `arrive()` once, in `card.beside()`, and `take` what is complete.
+    """The way of many tensors onto a card. Iterate over `arrive()` once, in `card.aside()`, and `take` what is complete.
 
     Args:
         wanted: the runs of bytes that belong together, as `TensorInfo.stored` has them.
@@ -202,10 +221,12 @@ class Transfer:
                 raise CheckpointError(f"{e.filename}: cannot be read: {e}") from e
             whole = {file: before[file][0] for file in self._shards}
             lanes = self.readers if whole else 1  # a file is hashed in order, so by one thread at a time
-            blocks = cut(self._tensors, whole, self.block, lanes)
-            self._blocks = iter(blocks)
+            self._blocks = cut(self._tensors, whole, self.block, lanes)
+            self._take_places()
             yield 0, [i for i, nbytes in enumerate(self._left) if not nbytes]
-            yield from self._run(min(self.readers, len(blocks)))
+            first = list(itertools.islice(self._blocks, self.readers))
+            self._blocks = itertools.chain(first, self._blocks)
+            yield from self._run(len(first))
             for file, fd in self._files.items():
                 if _state(fd) != before[file]:
                     raise CheckpointError(f"{file}: changed while it was read; wait for what writes it, then try again")
@@ -218,7 +239,19 @@ class Transfer:
         for i in self._items[item]:
             there[self._tensors[i]] = self._land(i)  # one of no bytes has no place yet
             del self._landed[i]
+        self.card.hand_over(there.values())
         return there
+
+    def _take_places(self) -> None:
+        """Before anything is copied, as far as there is room for the model beside them: to take memory beside copies is slow."""
+        room = self.card.free() - sum(t.nbytes for t in self._tensors)
+        with self.card.beside():
+            for i, t in enumerate(self._tensors):
+                room -= t.nbytes
+                if room < 0:
+                    return
+                if t.nbytes:
+                    self._land(i)
 
     def _run(self, running: int) -> Iterator[Arrived]:
         if not running:

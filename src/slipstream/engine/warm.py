@@ -220,7 +220,8 @@ def _rehearse(runner: Runner | Leader) -> None:
         return
     for rows in sizes(min(most, plan.max_num_seqs)):
         _run(runner, [(longest - 1, 1)] * rows)
-    _run(runner, [(0, 1)])
+    for rows in {1, min(most, plan.max_num_seqs)}:  # of few keys, few and many
+        _run(runner, [(0, 1)] * rows)
 
 
 def _run(runner: Runner | Leader, parts: list[tuple[int, int]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from slipstream.layers.linear import Experts, Linear
 from slipstream.layers.norm import Norm, add
 from slipstream.layers.ops import Ops
 from slipstream.ops.formats import Weight
-from slipstream.ops.router import AT_ONCE, WIDEST, fits
+from slipstream.ops.router import AT_ONCE, WIDEST, Logits, fits
 from slipstream.parallel.collectives import Delta, Parts
 
 
@@ -80,22 +82,35 @@ class MoE(nn.Module):
 
     def forward(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Delta]:  # (tokens, hidden)
         """x + delta, and the answer to it."""
-        x, h, ids, weights = self.route(norm, x, delta)
+        left = self._left(x)
+        x, h, ids, weights = self.route(norm, x, delta, **left)
         own = ids if self.ranks.experts is None else self._number(ids, self.ranks.experts)
         out = self.experts.kernel.experts(
-            h, own, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit
+            h, own, weights, self.gate_up, self.down, self.activation, kind=self.kind, limit=self.limit, **left
         )
         return x, self.ranks.reduce(out) if self.ranks.experts is None else self.ranks.combine(out, ids)
 
-    def route(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x + delta, the norm of it, the experts of each token and their shares, (tokens, top_k) each."""
-        how = {"softmax_first": self.softmax_first, "renormalize": self.renormalize}
+    def route(
+        self, norm: Norm | None, x: Tensor, delta: Delta, **left: Logits
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x + delta, the norm of it, the experts of each token and their shares, (tokens, top_k) each, maybe yet to be `left`."""
+        how: dict[str, Any] = {"softmax_first": self.softmax_first, "renormalize": self.renormalize, **left}
         # A sum over ranks is one kernel with its norm already.
         both = None if isinstance(delta, Parts) else self.after_norm
         if norm is not None and both is not None and fits(len(x), self.router):
             return both(x, delta, norm.weight, norm.eps, self.router, self.top_k, **how)
         x, h = add(norm, x, delta, self.dtype)
         return x, h, *self.pick(h, self.router, self.top_k, **how)
+
+    def _left(self, x: Tensor) -> dict[str, Logits]:
+        """Where the choice is left to the experts' kernel. (Where experts are spread over ranks, it is needed before.)"""
+        few = len(x) == 1 and self.top_k <= self.experts.kernel.chooses and self.ranks.experts is None
+        if (
+            not few or self.after_norm is None or not fits(1, self.router)
+        ):  # after_norm: the router is one that leaves it
+            return {}
+        values = torch.empty(1, self.num_experts, dtype=torch.float32, device=x.device)
+        return {"logits": Logits(values, self.softmax_first, self.renormalize)}
 
     def _number(self, ids: Tensor, own: range) -> Tensor:
         """The numbers that experts have on this rank, -1 for those of others. What was picked is counted: nothing waits for it."""

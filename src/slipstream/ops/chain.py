@@ -3,6 +3,7 @@
 A kernel of the chain says at once that the next may start, and waits (gdc_wait) for all that went before it. What it waited
 for had waited itself, so behind its wait everything earlier is done. Before it, a kernel may read only what no kernel of
 the step writes (weights, positions, page tables), and may write nothing: an earlier one may still read what stood there.
+(What starts only once the kernel before it has waited, as that says so after its wait, may do both with what is older than that one.)
 At least one program of every kernel has to wait, or the chain is broken for those that come after it.
 """
 
@@ -22,6 +23,11 @@ def chain(device: torch.device) -> dict[str, bool]:
     """Options of a launch: whether the kernel is one of the chain, which CHAIN tells the kernel itself."""
     can = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
     return {"CHAIN": can, "launch_pdl": can}
+
+
+@cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @triton.jit

@@ -93,6 +93,10 @@ def lay_out(
     check_layers(checkpoint, config.num_layers, getattr(home, "rename", str))
     why: dict[str, str] = {}
     hardware = find_hardware(asked, why)
+    if hardware.device.startswith("cuda"):
+        from slipstream.ops.moe.layout import begin
+
+        begin(torch.device("cuda", torch.device(hardware.device).index or 0))  # while headers are read
     dtype = choose_dtype(asked, config, checkpoint, hardware, why)
     if asked.batch_invariant:
         why["batch_invariant"] = "asked for: every op runs in a way that gives a row the same bits in any batch"
@@ -132,12 +136,6 @@ def lay_out(
     choices += linear_choices(asked, loads, hardware, dtype)
     choices += experts_choice(asked, model, ops, loads, hardware, dtype, known)
     check_called(asked, model, choices, why)
-    slabs = any((c.op, c.name) == ("moe", "triton") or c.name == "triton_slabs" for c in choices)
-    if slabs and hardware.device.startswith("cuda"):
-        from slipstream.ops.moe.layout import begin
-
-        # While memory is taken and headers are read.
-        begin(torch.device("cuda", torch.device(hardware.device).index or 0))
     return Layout(
         asked, checkpoint, config, home, hardware, dtype, choices, ops, model, loads, local, ranks, units, known, why
     )

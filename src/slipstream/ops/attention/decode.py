@@ -19,9 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.batch import Batch, GroupBatch
 from slipstream.ops.attention import paged
-from slipstream.ops.attention.paged import capped, finish, merge, slots_of, walk
+from slipstream.ops.attention.paged import capped, finish, merge, slots_of, take, walk
 from slipstream.ops.attention_input.triton import angles, arguments, enter, fetch, weights
-from slipstream.ops.chain import chain, prefetch
+from slipstream.ops.chain import chain, prefetch, processors
 from slipstream.ops.rope import Turns
 
 
@@ -64,35 +64,41 @@ def launch(
     """Fill the rows of `out` that are of sequences with one query."""
     tensors, numbers, shape = paged.arguments(q, keys, values, batch, group, out, scale, softcap, sinks)
     (_, heads, head_dim), sequences = out.shape, len(batch.starts)
-    layout = paged.tiles(shape["SHARE"], shape["WIDTH"], q.dtype, True, invariant, group.window)
-    split, most = paged.splits(group)
+    room = 0 if entry[0] is None else processors(q.device) // (sequences * shape["KV_HEADS"])
+    split, most = paged.splits(group, room)
+    layout = paged.tiles(shape["SHARE"], shape["WIDTH"], q.dtype, True, invariant, group.window, room > 0)
     # Which products the compiler fuses with sums, it chooses kernel by kernel. Without that, two have the same bits.
-    options = {"SPLIT": split, "enable_fp_fusion": not invariant, **chain(q.device)}
+    options = {"enable_fp_fusion": not invariant, **chain(q.device)}
     tops = norms = parts = None
     if most > 1:
         tops = torch.empty(sequences, heads, most, dtype=torch.float32, device=q.device)
         norms = torch.empty_like(tops)
         parts = torch.empty(sequences, heads, most, head_dim, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):  # Triton launches on the current device
+        ahead = room > 0 and shape["WIDTH"] <= 128
         _decode[sequences * shape["KV_HEADS"], most](
-            *tensors, tops, norms, parts, *entry, *numbers, **shape, **layout, **options
+            *tensors, tops, norms, parts, *entry, *numbers, split, **shape, **layout, AHEAD=ahead, **options
         )
         if most > 1:
             _combine[heads, sequences](
-                tops, norms, parts, *batch.bounds, sinks, out, most, WINDOW=shape["WINDOW"], HEAD_DIM=head_dim,
-                WIDTH=shape["WIDTH"], num_warps=1, **options,
+                tops, norms, parts, *batch.bounds, sinks, out, most, split, WINDOW=shape["WINDOW"], HEAD_DIM=head_dim,
+                WIDTH=shape["WIDTH"], AT_ONCE=8, num_warps=1, **options,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride", "keys_each"])
 def _decode(  # type: ignore[no-untyped-def]
     q, keys, values, pages, first_pages, query_starts, starts, sinks, out, tops, norms, parts,
     slots, positions, freq, q_weight, k_weight, factor, eps, HALF: tl.constexpr,
-    q_token, q_head, slot_stride, head_stride, table_stride, scale, inner,
+    q_token, q_head, slot_stride, head_stride, table_stride, scale, inner, keys_each,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, SHARE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CHAIN: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A split of a sequence's keys, for the query heads that share a key head."""
+    """A split of `keys_each` of a sequence's keys, for the query heads that share a key head.
+
+    AHEAD: its first tile is in registers before the query is there. That is for few programs, as fewer find room so.
+    """
     if CHAIN:
         gdc_launch_dependents()
     # Key heads of one place go together, as they are neighbours in memory.
@@ -101,12 +107,12 @@ def _decode(  # type: ignore[no-untyped-def]
     low = 0
     if WINDOW > 0:
         low = tl.maximum(position - WINDOW + 1, 0)
-    newest, num_splits = position // SPLIT, position // SPLIT - low // SPLIT + 1
-    split = low // SPLIT + tl.program_id(1)
+    newest, num_splits = position // keys_each, position // keys_each - low // keys_each + 1
+    split = low // keys_each + tl.program_id(1)
     if tl.load(query_starts + sequence + 1) - row != 1 or split > newest:
         return
     high = position + 1 if slots is None else position  # the newest key is not in the cache yet
-    low, high = tl.maximum(low, split * SPLIT), tl.minimum(high, (split + 1) * SPLIT)
+    low, high = tl.maximum(low, split * keys_each), tl.minimum(high, (split + 1) * keys_each)
     pages += sequence * table_stride - tl.load(first_pages + sequence)
     keys += kv_head.to(tl.int64) * head_stride
     values += kv_head.to(tl.int64) * head_stride
@@ -116,8 +122,18 @@ def _decode(  # type: ignore[no-untyped-def]
     head = kv_head * SHARE + lane
     dims = tl.arange(0, WIDTH)[None, :]
     mask = (lane < SHARE)[:, None] & (dims < HEAD_DIM)
-    if CHAIN:  # what stands in the cache is on its way to the L2 before the query is there
-        for begin in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
+    first = low // BLOCK_N * BLOCK_N
+    ahead = first
+    if AHEAD:  # of the cache no kernel of this step writes what is read here
+        ahead += BLOCK_N
+        key = first + tl.arange(0, BLOCK_N)
+        inside = (key >= low) & (key < high)
+        stand = slots_of(pages, key, low, high, PAGE)[:, None] * slot_stride + dims
+        there = inside[:, None] & (dims < HEAD_DIM)
+        first_keys = tl.load(keys + stand, mask=there, other=0)
+        first_values = tl.load(values + stand, mask=there, other=0)
+    if CHAIN:  # the rest of it is on its way to the L2 before the query is there
+        for begin in range(ahead, high, BLOCK_N):
             place = slots_of(pages, begin + tl.arange(0, BLOCK_N), low, high, PAGE) * slot_stride
             for line in tl.static_range(0, HEAD_DIM, 64):
                 prefetch(keys + place + line)
@@ -146,8 +162,12 @@ def _decode(  # type: ignore[no-untyped-def]
             top = capped(tl.sum(rows.to(tl.float32) * k.to(tl.float32), 1), inner) * scale
             total = v.to(tl.float32)
         norm = tl.where(split == newest, tl.exp2(top - top), 0)  # 1, or NaN
+    if AHEAD:
+        total, top, norm = take(
+            total, top, norm, rows, first_keys, first_values, key, inside, position + 0 * lane, scale, inner, WINDOW, True
+        )  # fmt: skip
     total, top, norm = walk(
-        total, top, norm, rows, keys, values, slot_stride, pages, position + 0 * lane, low // BLOCK_N * BLOCK_N, high,
+        total, top, norm, rows, keys, values, slot_stride, pages, position + 0 * lane, ahead, high,
         low, high, scale, inner, WINDOW, PAGE, HEAD_DIM, WIDTH, BLOCK_N, True,
     )  # fmt: skip
 
@@ -162,10 +182,11 @@ def _decode(  # type: ignore[no-untyped-def]
     tl.store(out + (token * (KV_HEADS * SHARE) + head)[:, None] * HEAD_DIM + dims, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["most"])
+@triton.jit(do_not_specialize=["most", "keys_each"])
 def _combine(  # type: ignore[no-untyped-def]
-    tops, norms, parts, query_starts, starts, sinks, out, most,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHAIN: tl.constexpr,
+    tops, norms, parts, query_starts, starts, sinks, out, most, keys_each,
+    WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """The splits of one query and head together, in order."""
     if CHAIN:
@@ -177,7 +198,7 @@ def _combine(  # type: ignore[no-untyped-def]
     low = 0
     if WINDOW > 0:
         low = tl.maximum(position - WINDOW + 1, 0)
-    num_splits = position // SPLIT - low // SPLIT + 1
+    num_splits = position // keys_each - low // keys_each + 1
     if tl.load(query_starts + sequence + 1) - row != 1 or num_splits == 1:
         return
     dims = tl.arange(0, WIDTH)[None, :]
@@ -185,9 +206,20 @@ def _combine(  # type: ignore[no-untyped-def]
     total = tl.zeros((1, WIDTH), tl.float32)
     top = tl.full((1,), float("-inf"), tl.float32)
     norm = tl.zeros((1,), tl.float32)
-    for split in tl.range(0, num_splits, num_stages=4):
-        part = tl.load(parts + (at + split)[:, None] * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0)
-        total, top, norm = merge(total, top, norm, part, tl.load(tops + at + split), tl.load(norms + at + split))
+    for first in range(0, num_splits, AT_ONCE):
+        found, found_tops, found_norms = (), (), ()  # all of them are asked for before the first is waited for
+        for i in tl.static_range(AT_ONCE):
+            split = first + i + tl.arange(0, 1)
+            there = split < num_splits
+            found += (
+                tl.load(
+                    parts + (at + split)[:, None] * HEAD_DIM + dims, mask=there[:, None] & (dims < HEAD_DIM), other=0
+                ),
+            )  # type: ignore[assignment]
+            found_tops += (tl.load(tops + at + split, mask=there, other=float("-inf")),)  # type: ignore[assignment]
+            found_norms += (tl.load(norms + at + split, mask=there, other=0),)  # type: ignore[assignment]
+        for i in tl.static_range(AT_ONCE):  # one that is not there changes nothing
+            total, top, norm = merge(total, top, norm, found[i], found_tops[i], found_norms[i])
     sink = None if sinks is None else tl.load(sinks + head)
     total = finish(total, top, norm, sink).to(out.dtype.element_ty)
     at = row.to(tl.int64) * tl.num_programs(0) + head

@@ -19,6 +19,7 @@ from slipstream.ops.attention import SPLIT
 
 LOG2E = math.log2(math.e)
 WHOLE = 1 << 30  # no splits
+SHORT = 64  # keys of the shortest split
 
 
 def arguments(
@@ -47,20 +48,37 @@ def arguments(
     return tensors, numbers, shape
 
 
-def splits(group: GroupBatch) -> tuple[int, int]:
-    """Keys in a split, and the most splits of a sequence."""
+def splits(group: GroupBatch, room: int = 0) -> tuple[int, int]:
+    """Keys in a split, and the most splits of a sequence.
+
+    Args:
+        room: splits of a sequence that find room on the device at once. Where that is several, they are shorter: one tile after the
+            other takes longer than to add up a few splits.
+    """
     window, longest = group.window, group.page_table[0].shape[1] * group.page_size
+    span = longest if window is None else min(window, longest)
+    size = SPLIT if room < 4 else min(SPLIT, max(SHORT, triton.next_power_of_2(triton.cdiv(span, room))))
     if window is None:
-        return SPLIT, triton.cdiv(longest, SPLIT)
+        return size, triton.cdiv(longest, size)
     if window <= SPLIT:
         return WHOLE, 1
-    return SPLIT, triton.cdiv(min(window, longest), SPLIT) + 1  # it need not begin where a split does
+    return size, triton.cdiv(span, size) + 1  # it need not begin where a split does
 
 
 def tiles(
-    share: int, width: int, dtype: torch.dtype, decode: bool, invariant: bool, window: int | None = None
+    share: int,
+    width: int,
+    dtype: torch.dtype,
+    decode: bool,
+    invariant: bool,
+    window: int | None = None,
+    few: bool = False,
 ) -> dict[str, int]:
-    """Rows and keys of a tile, and how it is worked on: the best of a sweep on an H100."""
+    """Rows and keys of a tile, and how it is worked on: the best of a sweep on an H100.
+
+    Args:
+        few: each program has a multiprocessor to itself.
+    """
     rows = triton.next_power_of_2(share)
     if dtype == torch.float32:  # exact, so without tensor cores: all operands go through registers
         return {"BLOCK_M": max(16, rows), "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
@@ -69,8 +87,9 @@ def tiles(
         layout = {"BLOCK_M": max(64, rows), "BLOCK_N": 64, "num_warps": 8 if width > 128 else 4}
         return layout | {"num_stages": 3 if decode and width <= 128 else 2}
     if decode:
-        wide = width <= 64 and window is None  # few keys fill narrow tiles better
-        return {"BLOCK_M": max(16, rows), "BLOCK_N": 128 if wide else 64, "num_warps": 4, "num_stages": 3}
+        wide = width <= 64 and window is None and not few  # few keys fill narrow tiles better
+        warps = 8 if few and width <= 64 else 4
+        return {"BLOCK_M": max(16, rows), "BLOCK_N": 128 if wide else 64, "num_warps": warps, "num_stages": 3}
     return {"BLOCK_M": max(128, rows), "BLOCK_N": 64, "num_warps": 8, "num_stages": 2 if width > 128 else 3}
 
 
@@ -85,6 +104,31 @@ def capped(scores, inner):  # type: ignore[no-untyped-def]
     if inner is not None:
         scores = 1 - 2 / (1 + tl.exp2(scores * inner))  # tanh
     return scores
+
+
+@triton.jit
+def take(  # type: ignore[no-untyped-def]
+    total, top, norm, q, k, v, key, inside, position, scale, inner, WINDOW: tl.constexpr, MASKED: tl.constexpr
+):
+    """A tile of a walk: keys and values that have been read."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = capped(scores, inner)
+    if MASKED:
+        seen = inside[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen &= key[None, :] > position[:, None] - WINDOW
+        scores = tl.where(seen, scores * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0, higher)  # nothing seen yet
+        weights = tl.exp2(scores - base[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        base = higher
+        weights = tl.exp2(scores * scale - base[:, None])
+    shrink = tl.exp2(top - base)
+    norm = norm * shrink + tl.sum(weights, 1)
+    total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
+    return total, higher, norm
 
 
 @triton.jit
@@ -107,24 +151,7 @@ def walk(  # type: ignore[no-untyped-def]
         v = tl.load(values + place, mask=mask, other=0)
         # The next tile's, now: so its keys and values can be fetched while this one is multiplied.
         slots = slots_of(pages, key + BLOCK_N, low, high, PAGE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = capped(scores, inner)
-        if MASKED:
-            seen = inside[None, :] & (key[None, :] <= position[:, None])
-            if WINDOW > 0:
-                seen &= key[None, :] > position[:, None] - WINDOW
-            scores = tl.where(seen, scores * scale, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(higher == float("-inf"), 0, higher)  # nothing seen yet
-            weights = tl.exp2(scores - base[:, None])
-        else:
-            higher = tl.maximum(top, tl.max(scores, 1) * scale)
-            base = higher
-            weights = tl.exp2(scores * scale - base[:, None])
-        shrink = tl.exp2(top - base)
-        norm = norm * shrink + tl.sum(weights, 1)
-        total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision="ieee")
-        top = higher
+        total, top, norm = take(total, top, norm, q, k, v, key, inside, position, scale, inner, WINDOW, MASKED)
     return total, top, norm
 
 

@@ -15,11 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from slipstream.ops.chain import chain
+from slipstream.ops.chain import chain, processors
 from slipstream.ops.formats import Weight
 from slipstream.ops.moe import Pairs, kernels
 from slipstream.ops.moe.layout import held_bytes, prepare
-from slipstream.ops.moe.triton import FEW, TABLE, Alone, Tiles, choose_alone, choose_parts, mix, processors, run_tiles
+from slipstream.ops.moe.triton import FEW, TABLE, Alone, Tiles, choose_alone, choose_parts, mix, run_tiles
 
 MOST = 1 << 17  # tokens at a time
 # By tokens: as for experts that each have so many, but with less of the weight a program, as there are fewer programs.

@@ -8,6 +8,7 @@ whatever format they are held; activation(gate_up, kind, limit) is the op that w
 An implementation whose kernel takes whole stacks has `prepare(weight, dtype, gated=) -> tensors`, which lays a stack
 (experts, out, in) out once, and finds them as `gate_up.stack`; where `prepare` is None each expert is a linear layer by itself.
 One that `leaves` takes leave=True, and may then give `Pairs`, whose sum is left to the norm that comes next.
+One that `chooses` takes, for a token alone, logits=Logits that a router left, and fills ids and weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Expert = Callable[["Tensor", int], "Tensor"]
 Prepare = Callable[..., "tuple[Tensor, ...]"]
 Activation = Callable[["Tensor", str, float], "Tensor"]
+FEW = 8  # pairs of a token and an expert up to which our kernel has a tile for each of them, and sorts nothing
 
 
 def _as_packed(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int | None:
@@ -76,6 +78,7 @@ class ExpertsKernel:
     held_bytes: Callable[[str, tuple[int, ...], torch.dtype], int | None] = _as_packed
     tunable: bool = False  # `experts` takes `tuned`, what was measured for weights of this shape on this card
     leaves: bool = False  # `experts` takes `leave`
+    chooses: int = 0  # `experts` takes `logits` of a token that is to have at most so many
     waits: bool = False  # it brings numbers to the host, so that no CUDA graph can hold it
 
 
@@ -95,7 +98,7 @@ def _triton() -> ExpertsKernel:
     from slipstream.ops.moe.layout import held_bytes, prepare
     from slipstream.ops.moe.triton import stacks
 
-    return ExpertsKernel(stacks, prepare, held_bytes, tunable=True, leaves=True)
+    return ExpertsKernel(stacks, prepare, held_bytes, tunable=True, leaves=True, chooses=FEW)
 
 
 def _reject_triton(case: Case) -> str | None:

@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.ops.chain import prefetch
+from slipstream.ops.router.choice import picked
 
 MUL = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")  # sm_80 has no mul
 # Triton 3.6 lets a product run on while the registers that it reads are filled for the next step. PTX forbids that.
@@ -171,22 +172,32 @@ def _ended(total, biases, SLABS: tl.constexpr, KIND: tl.constexpr, limit):  # ty
     return total
 
 
-@triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit"])
+@triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit", "logits", "num_experts"])
 def tiles(  # type: ignore[no-untyped-def]
     x, data, scales, bias, experts, order, out, x_stride, num_slabs, num_blocks, num_inputs, num_pairs, share, steps, limit,
     KIND: tl.constexpr, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, SLABS: tl.constexpr, BLOCKS: tl.constexpr,
     COMPUTE: tl.constexpr, MIXED: tl.constexpr, EVEN: tl.constexpr, CHAIN: tl.constexpr, PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr, logits=None, shares=None, num_experts=0, SOFTMAX_FIRST: tl.constexpr = False,
+    RENORMALIZE: tl.constexpr = False, EXPERTS: tl.constexpr = 0,
 ):  # fmt: skip
     """The product of x[pair // share] and the weights of the pair's expert; with a KIND of activation, after it.
 
     Over `steps` steps of BLOCKS * 32 inputs: out (parts, pairs, rows); the bias is in the first part. Without `order`, tile
-    i is pair i alone. CHAIN: the kernels of a layer start before the one before has ended (Hopper).
+    i is pair i alone. With `logits` (num_experts), of one token, `experts` and `shares` (top_k) are not there yet: each program
+    chooses for itself, as that is faster than to wait for another. CHAIN: the kernels of a layer start before the one before has
+    ended (Hopper).
     """
     tile, part = tl.program_id(1), tl.program_id(2)
     if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.load(experts + tile).to(tl.int64)
+    if logits is None:
+        expert = tl.load(experts + tile)
+    else:
+        ROUND: tl.constexpr = x.dtype.element_ty
+        LAST: tl.constexpr = KIND is None
+        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
+    expert = expert.to(tl.int64)
     if expert < 0:
         return
     inside = tl.arange(0, BLOCK_M)
@@ -272,11 +283,13 @@ def _times_parts(  # type: ignore[no-untyped-def]
     return tl.dot(weight, some.T, total, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit"])
+@triton.jit(do_not_specialize=["num_pairs", "share", "steps", "limit", "logits", "num_experts"])
 def alone(  # type: ignore[no-untyped-def]
     x, data, scales, bias, experts, out, x_stride, num_slabs, num_twos, num_inputs, num_pairs, share, steps, limit,
     KIND: tl.constexpr, SPLIT: tl.constexpr, SLABS: tl.constexpr, MOST: tl.constexpr, MORE: tl.constexpr,
     HELD: tl.constexpr, COMPUTE: tl.constexpr, CHAIN: tl.constexpr, PREFETCH: tl.constexpr,
+    logits=None, shares=None, num_experts=0, SOFTMAX_FIRST: tl.constexpr = False,
+    RENORMALIZE: tl.constexpr = False, EXPERTS: tl.constexpr = 0,
 ):  # fmt: skip
     """What `tiles` does, of mxfp4, where each tile is one pair: a warp has a slab and one of SPLIT parts of its inputs.
 
@@ -293,7 +306,13 @@ def alone(  # type: ignore[no-untyped-def]
     if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.load(experts + pair).to(tl.int64)
+    if logits is None:
+        expert = tl.load(experts + pair)
+    else:
+        ROUND: tl.constexpr = x.dtype.element_ty
+        LAST: tl.constexpr = KIND is None
+        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
+    expert = expert.to(tl.int64)
     if expert < 0:
         return
     warp, column = tl.arange(0, WARPS), tl.arange(0, 8)

@@ -1,12 +1,11 @@
 """Experts' weights as the kernels of a mixture want them: slabs of 16 rows, and mxfp4's bits where two instructions find them.
 
-kernels.py says what the layout is and why. A card moves the bits of what has landed on it in one pass; elsewhere torch does the same.
+kernels.py says what the layout is and why. Bits are moved by tables, in the same way everywhere.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
@@ -19,7 +18,9 @@ from slipstream.ops.formats import Weight
 
 # Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
 PLACES = ((15, (8, 7, 6)), (9, (2, 1, 0)), (3, (28, 27, 26)), (13, (14, 5, 4)))
-TOGETHER = 512 << 20  # bytes of experts that are laid out at a time: so many lie on the card twice
+TOGETHER = (
+    128 << 20
+)  # bytes of experts that are laid out at a time: for so many the card has four times as much beside them
 
 
 def _moves() -> tuple[tuple[int, int], ...]:
@@ -84,16 +85,33 @@ def held_bytes(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> int |
 
 
 def laid_out(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """Packed codes (experts, rows, blocks, 16) and scales (experts, rows, blocks), uint8, contiguous -> the words, scales."""
-    words = _ordered(
-        codes.view(torch.int32).unflatten(-1, (2, 2)), gated
-    )  # ..., which half of a block, pair of quarters, ...
-    low, high = (words.select(4, half).unsqueeze(5) for half in (0, 1))
-    quarter = torch.arange(2, dtype=torch.int32, device=codes.device).view(2, 1, 1)
+    """Packed codes (experts, rows, blocks, 16) and scales (experts, rows, blocks), uint8, contiguous -> the words, scales.
+
+    A word is four codes of a block's first half and four of its second; where the scale is 255, 0, as 0 times infinity is NaN,
+    which that means.
+    """
+    halves = codes.view(torch.uint16).unflatten(-1, (2, 4)).unbind(-2)
+    found = None
+    for half, table in zip(halves, _tables(codes.device), strict=True):
+        ordered = _ordered(half, gated).to(torch.int32, memory_format=torch.contiguous_format)
+        bits = table.index_select(0, ordered.view(-1)).view(ordered.shape)
+        found = bits if found is None else found.add_(bits)
+    assert found is not None
     factors = _ordered(scales, gated)
-    move = moved_on_card() if codes.is_cuda else moved
-    found = move(low, high, quarter, factors[:, :, :, :, None, None])
+    found.masked_fill_((factors == 255).unsqueeze(4), 0)
     return found, torch.where(factors == 255, factors, factors + 126)
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the bits of four codes go, (65536,) int32 each: of the first half of a word of eight, and of the second.
+
+    On a card they stay in its cache, so that a layout takes less time than the copy onto the card; and it needs nothing but torch:
+    before its first kernel Triton hashes itself and looks for its assembler, for half a second in which weights would wait.
+    """
+    numbers = torch.arange(1 << 16, dtype=torch.int32, device=device)
+    low, high = moved(torch.stack((numbers, numbers << 16)))
+    return low, high
 
 
 def _ordered(rows: Tensor, gated: bool) -> Tensor:
@@ -104,38 +122,23 @@ def _ordered(rows: Tensor, gated: bool) -> Tensor:
     return rows.permute(0, 1, 4, 3, *range(6, rows.dim()), 5, 2)
 
 
-def moved(low: Tensor, high: Tensor, quarter: Tensor, scale: Tensor) -> Tensor:
-    """Words of 8 codes, of which `low` and `high` hold four each in their first or second half, with all bits at their PLACES;
-    where the scale is 255, 0, as 0 times infinity is NaN, which that means. int32, element by element."""
-    plain = (low >> 16 * quarter) & 0xFFFF | (high >> 16 * quarter) << 16
-    found = torch.zeros_like(plain)
-    for distance, mask in MOVES:
-        left = plain << distance
-        round = plain >> (32 - distance) & (1 << distance) - 1 if distance else 0
-        found |= (left | round) & (mask - (mask >> 31 << 32))
-    return found.masked_fill_(scale == 255, 0)
-
-
-@cache
-def moved_on_card() -> Callable[..., Tensor]:
-    """`moved` in one kernel. PyTorch compiles it and keeps it on the disk: Triton would first hash itself and look for its
-    assembler, for half a second, in which the weights would wait."""
-    terms = (f"(w << {n} | w >> {32 - n}) & {mask}u" if n else f"w & {mask}u" for n, mask in MOVES)
-    source = f"""
-template <typename T> T moved(T low, T high, T quarter, T scale) {{
-    unsigned int w = ((unsigned int)low >> 16 * quarter & 0xFFFFu) | (unsigned int)high >> 16 * quarter << 16;
-    return scale == 255 ? 0 : (T)({" | ".join(terms)});
-}}"""
-    made: Callable[..., Tensor] = torch.cuda.jiterator._create_jit_fn(source)
-    return made
+def moved(words: Tensor) -> Tensor:
+    """Words of 8 codes, int32, with all bits at their PLACES."""
+    masks = (mask - (mask >> 31 << 32) for _, mask in MOVES)  # as signed numbers
+    left, right, keep = torch.tensor(
+        [[n, 32 - n, mask] for (n, _), mask in zip(MOVES, masks, strict=True)], dtype=torch.int32, device=words.device
+    ).unbind(1)
+    words = words[..., None]
+    round = words >> right.clamp(max=31) & (1 << left) - 1
+    return ((words << left | round) & keep).sum(-1, dtype=torch.int32)  # of which no two have a bit in common
 
 
 @cache
 def begin(device: torch.device) -> threading.Thread:
-    """Use a card for the first time, in a thread: early, beside other work. Nobody waits for it.
+    """Use a card's kernels for laying out for the first time, in a thread: early, beside other work. Nobody waits for it.
 
-    The first kernel of `moved_on_card` wants CUDA's compiler loaded. Before Triton's first launch in a process it hashes its own
-    files, starts its driver, asks for the version of its assembler and looks into its cache: half a second or more.
+    CUDA brings a kernel's code onto the card when it is first launched, and holds its own locks for that. Beside copies that took
+    300 ms for the twenty kernels of a layout, and the copies were half as fast meanwhile.
 
     Args:
         device: with its index.
@@ -147,9 +150,8 @@ def begin(device: torch.device) -> threading.Thread:
 
 def _first(device: torch.device) -> None:
     with suppress(Exception):  # whoever needs it will be told
-        codes = torch.zeros(1, 16, 2, 16, dtype=torch.uint8, device=device)
-        laid_out(codes, codes[..., 0].contiguous(), False)
-        from slipstream.ops.norm.triton import add_norm
-
-        x = torch.zeros(1, 64, dtype=torch.bfloat16, device=device)
-        add_norm(x, None, x[0], 1.0)
+        codes = torch.zeros(2, 32, 4 * 16, dtype=torch.uint8, device=device)
+        weight = Weight("mxfp4", codes, (2, 32, 128), torch.zeros(2, 32, 4, dtype=torch.uint8, device=device))
+        prepare(weight, torch.bfloat16, gated=True)
+        numbers = codes.view(torch.bfloat16)
+        torch.cat((numbers.float().to(torch.bfloat16), numbers.transpose(1, 2).contiguous().view(numbers.shape)))

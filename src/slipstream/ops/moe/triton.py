@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.ops.chain import chain
-from slipstream.ops.moe import Pairs, kernels
+from slipstream.ops.chain import chain, processors
+from slipstream.ops.moe import FEW, Pairs, kernels
+from slipstream.ops.router import Logits
+from slipstream.ops.router.choice import room
 from slipstream.ops.tuned import Experts, Group, Tile
 
-FEW = 8  # pairs of a token and an expert up to which each is a tile of its own, and nothing is sorted
 WIDE = 1024  # pairs up to which each one's answer is float32 before they are added: more cost time there
 
 
@@ -72,10 +73,12 @@ def stacks(
     limit: float = 7.0,
     tuned: Experts | None = None,
     leave: bool = False,
+    logits: Logits | None = None,
 ) -> Tensor | Pairs:
     """`experts` of two layers that hold what `prepare` gave them; the activation is part of the first product."""
     return experts(
-        x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit, tuned=tuned, leave=leave
+        x, ids, weights, gate_up.stack, gate_up.bias, down.stack, down.bias, kind=kind, limit=limit, tuned=tuned, leave=leave,
+        logits=logits,
     )  # fmt: skip
 
 
@@ -92,6 +95,7 @@ def experts(
     limit: float = 7.0,
     tuned: Experts | None = None,  # what was measured for these weights on this card
     leave: bool = False,
+    logits: Logits | None = None,  # of one token with FEW experts at most: ids, int32, and weights are filled here
 ) -> Tensor | Pairs:
     """The weighted sum of each token's experts, like x; to `leave` it, what is to be added. x is bfloat16 or float32."""
     tokens, top_k, number = len(x), ids.shape[1], down[0].shape[0]
@@ -101,12 +105,13 @@ def experts(
     x = x if x.stride(1) == 1 and x.stride(0) % 2 == 0 else x.contiguous()
     inner = gate_up[0].shape[1] * 8 if len(gate_up) == 2 else gate_up[0].shape[1] // 2
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        if group := choose_group(pairs, number, x, down, tuned):
+        if logits is None and (group := choose_group(pairs, number, x, down, tuned)):
             sums, places = _grouped(x, ids, gate_up, gate_up_bias, down, down_bias, inner, group, kind, limit)
         else:
             tiles = choose_tiles(pairs, number, x.dtype, len(down) == 2, tuned)
             alone = tuned is None or tuned.few is None
-            sums = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, alone, kind, limit)
+            choice = _choice(logits, weights)
+            sums = _tiled(x, ids, gate_up, gate_up_bias, down, down_bias, inner, tiles, alone, kind, limit, choice)
             places = None
     made = Pairs(sums, ids, weights, places, x.dtype)
     return made if leave else add(made)
@@ -136,6 +141,7 @@ def _tiled(
     alone: bool,  # each pair by itself may be, where there are few
     kind: str,
     limit: float,
+    choice: dict[str, Any],
 ) -> Tensor:
     """Each pair's answer, maybe in parts: (parts, pairs, hidden)."""
     hidden, pairs, top_k, number = x.shape[1], ids.numel(), ids.shape[1], down[0].shape[0]
@@ -150,8 +156,8 @@ def _tiled(
         found, order = _schedule(ids, number, tiles.pairs)
         schedule = found[:-1], order
     x = mix(x, tiles, down)
-    run_tiles(x, gate_up, gate_up_bias, schedule, between, one or tiles, top_k, kind, limit)
-    run_tiles(between, down, down_bias, schedule, sums, two or tiles, 1, None, limit)
+    run_tiles(x, gate_up, gate_up_bias, schedule, between, one or tiles, top_k, kind, limit, **choice)
+    run_tiles(between, down, down_bias, schedule, sums, two or tiles, 1, None, limit, **choice)
     return sums
 
 
@@ -200,6 +206,17 @@ def _schedule(ids: Tensor, number: int, size: int, *, sort: bool = False) -> tup
     return tiles, found
 
 
+def _choice(logits: Logits | None, weights: Tensor) -> dict[str, Any]:
+    """What a kernel is told of logits that a router left, and where shares go; the experts' numbers go where they would stand."""
+    if logits is None:
+        return {}
+    values, first = logits.values, logits.softmax_first
+    return {
+        "logits": values, "shares": weights, "num_experts": values.shape[1], "EXPERTS": room(values.shape[1]),
+        "SOFTMAX_FIRST": first, "RENORMALIZE": logits.renormalize or not first,
+    }  # fmt: skip
+
+
 def run_tiles(
     x: Tensor,
     stack: tuple[Tensor, ...],
@@ -210,9 +227,10 @@ def run_tiles(
     share: int,
     kind: str | None,
     limit: float,
+    **choice: Any,  # as `_choice` says
 ) -> None:
     if isinstance(tiles, Alone):
-        return run_alone(x, stack, bias, schedule[0], out, tiles, share, kind, limit)
+        return run_alone(x, stack, bias, schedule[0], out, tiles, share, kind, limit, **choice)
     parts, pairs = (out.shape[0], out.shape[1]) if kind is None else (1, out.shape[0])
     data, scales = stack[0], stack[1] if len(stack) == 2 else None
     slabs, blocks = (data.shape[1] // 16, data.shape[2] // 32) if scales is None else (data.shape[1], data.shape[2] * 2)
@@ -223,7 +241,7 @@ def run_tiles(
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
         MIXED=mixed(tiles, stack), EVEN=x.shape[1] % (tiles.blocks * 32) == 0,
         PREFETCH=triton.next_power_of_2(steps * tiles.blocks * 2) if schedule[1] is None else 0,
-        num_warps=tiles.warps, num_stages=tiles.stages, **chain(x.device),
+        WARPS=tiles.warps, num_warps=tiles.warps, num_stages=tiles.stages, **choice, **chain(x.device),
     )  # fmt: skip
 
 
@@ -237,6 +255,7 @@ def run_alone(
     share: int,
     kind: str | None,
     limit: float,
+    **choice: Any,  # as `_choice` says
 ) -> None:
     data, scales = stack
     (_, slabs, twos, _), parts = data.shape, out.shape[0] if kind is None else 1
@@ -248,7 +267,7 @@ def run_alone(
         KIND=kind, SPLIT=alone.split, SLABS=alone.slabs, MOST=most, MORE=more, HELD=not alone.step,
         COMPUTE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32,
         PREFETCH=triton.next_power_of_2(steps * most * 4) if alone.step and kind is None else 0,
-        num_warps=alone.split * alone.slabs, num_stages=alone.stages, **chain(x.device),
+        num_warps=alone.split * alone.slabs, num_stages=alone.stages, **choice, **chain(x.device),
     )  # fmt: skip
 
 
@@ -299,22 +318,23 @@ def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], t
 def choose_alone(
     stack: tuple[Tensor, ...], dtype: torch.dtype, pairs: int, kind: str | None, parts: int = 1
 ) -> Alone | None:
-    """Where each pair is by itself; None: tiles, which are faster where more is read, as by all or half of gpt-oss.
+    """Where each pair is by itself; None: tiles, which are faster where more is read, as by gpt-oss whole.
 
-    Measured on an H100 with the sizes of Qwen3-30B-A3B, in the order of its layer.
+    Measured on an H100 with the sizes of Qwen3-30B-A3B and of half of gpt-oss-120b, in the order of their layers.
     """
     if dtype != torch.bfloat16 or len(stack) != 2 or pairs > FEW:
         return None
     _, slabs, twos, _ = stack[0].shape
     read = pairs * slabs * twos * 544  # bytes
+    if read > 24 << 20:
+        return None
     if kind is not None:
-        return Alone(2, 2, 4, 4) if read <= 16 << 20 else None
+        return Alone(2, 1, 4, 4) if twos <= 32 else Alone(2, 1, 8, 3)
+    if pairs > 1:
+        return Alone(2, 1) if twos <= 24 else Alone(4, 2, 4, 3)
     if read > 8 << 20:
         return None
-    if pairs == parts == 1:
-        return Alone(4, 1, 4, 3)
-    alone = Alone(8, 1) if pairs == 1 else Alone(2, 2)
-    return alone if triton.cdiv(twos, alone.split * parts) <= 8 else None
+    return Alone(4, 1, 4, 3) if parts == 1 else Alone(8, 1) if twos <= 64 * parts else None
 
 
 def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torch.device) -> int:
@@ -323,11 +343,6 @@ def choose_parts(pairs: int, slabs: int, blocks: int, tiles: Tiles, device: torc
         return 1
     programs = triton.cdiv(slabs, tiles.slabs) * pairs
     return max(1, min(6 * processors(device) // programs, triton.cdiv(blocks, tiles.blocks) // 2))
-
-
-@cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 @cache

@@ -9,17 +9,33 @@ For few tokens a kernel may do all of it at once, if the linear has `arrived`, (
 after, and its own, as two engines may run at the same time. The residual and the norm before it can then be part of it:
 
     add_norm_router(x, delta, weight, eps, linear, top_k, ...) -> total, normed, ids, weights
+
+The programs of that kernel have to wait for each other before there can be a choice. For one token both take logits=Logits(...) and
+leave the choice: they fill the logits, and whoever reads them has ids and weights to fill (ops/moe).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slipstream.ops.choose import Case, Impl, needs_triton, only_invariant, stands_in
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 AT_ONCE = 8  # tokens: each makes every program read what is added, and the weights once more
 WIDEST = 8192  # hidden: a program holds rows of the weight in registers
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """What is to be chosen by, later: `values` (1, experts) float32, yet to be rounded as the norm is; and how, as above."""
+
+    values: Tensor
+    softmax_first: bool
+    renormalize: bool
 
 
 def fits(tokens: int, linear: Any) -> bool:

@@ -3,7 +3,8 @@
 `at_once` has a program for each token and a few experts, and the last one of a token to come chooses. That it sees what the others
 stored follows from the memory model of PTX: their stores, a barrier of the program, one thread's atomic add that releases what
 stands before it to the whole card, the last program's that acquires it, a barrier again, its loads. Who comes last is left to
-chance, what it does is not: it reads all logits and adds nothing up.
+chance, what it does is not: it reads all logits and adds nothing up. Of one token the experts' kernels choose, where they can, and
+what takes 2 us here goes: then nobody counts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.ops.norm.triton import added
+from slipstream.ops.router.choice import best, numbers, store
 
 
 @triton.jit(do_not_specialize=["experts", "num_pairs"])
@@ -23,7 +25,8 @@ def at_once(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr, SIZE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """x + delta, its norm, the product and the choice; without a `scale` x is normalised already. Every program of a token makes
-    the sum and the norm for itself, as that is faster than to wait for another's. arrived (tokens) is zero before and after."""
+    the sum and the norm for itself, as that is faster than to wait for another's. arrived (tokens) is zero before and after; without
+    it nobody chooses here."""
     token, at = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
     inside = at < width
     expert = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -50,13 +53,17 @@ def at_once(  # type: ignore[no-untyped-def]
     if bias is not None:
         y += more
     tl.store(logits + token * experts + expert, y, mask=expert < experts)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
-        tl.store(arrived + token, 0)
-        number = _numbers(WARPS, EXPERTS)
-        all = tl.load(logits + token * experts + number, number < experts, other=float("-inf"), cache_modifier=".cg")
-        all = all.to(weight.dtype.element_ty).to(tl.float32)
-        _choose(all, number, token, ids, weights, experts, top_k, SOFTMAX_FIRST, RENORMALIZE)
+    if arrived is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+            tl.store(arrived + token, 0)
+            number = numbers(WARPS, EXPERTS)
+            all = tl.load(
+                logits + token * experts + number, number < experts, other=float("-inf"), cache_modifier=".cg"
+            )
+            all = all.to(weight.dtype.element_ty).to(tl.float32)
+            all, order, _ = best(all, number, experts, top_k, SOFTMAX_FIRST)
+            store(all, order, number, token, ids, weights, top_k, SOFTMAX_FIRST, RENORMALIZE)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -94,60 +101,11 @@ def choice(  # type: ignore[no-untyped-def]
     if CHAIN:
         gdc_launch_dependents()
         gdc_wait()
-    row, expert = tl.program_id(0).to(tl.int64), _numbers(1, EXPERTS)
+    row, expert = tl.program_id(0).to(tl.int64), numbers(1, EXPERTS)
     x = tl.load(logits + row * stride + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
     for i in tl.static_range(1, PARTS):
         x += tl.load(logits + i * part_stride + row * stride + expert, mask=expert < experts, other=0)
     if bias is not None:
         x += tl.load(bias + expert, mask=expert < experts, other=0).to(tl.float32)
-    _choose(x.to(ROUND).to(tl.float32), expert, row, ids, weights, experts, top_k, SOFTMAX_FIRST, RENORMALIZE)
-
-
-@triton.jit
-def _numbers(WARPS: tl.constexpr, EXPERTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of experts, (32, WARPS, EXPERTS / 32). In this shape Triton gives each warp all of them, so that none waits for another, as
-    long as it does not know of rows that they begin at a multiple of anything."""
-    number = tl.arange(0, 32)[:, None, None] + 32 * tl.arange(0, EXPERTS // 32)[None, None, :]
-    return tl.broadcast_to(number, (32, WARPS, EXPERTS // 32))
-
-
-@triton.jit
-def _max(x):  # type: ignore[no-untyped-def]
-    return tl.max(tl.max(x, 2), 0)[None, :, None]
-
-
-@triton.jit
-def _sum(x):  # type: ignore[no-untyped-def]
-    return tl.sum(tl.sum(x, 2), 0)[None, :, None]
-
-
-@triton.jit
-def _choose(  # type: ignore[no-untyped-def]
-    x, number, row, ids, weights, experts, top_k, SOFTMAX_FIRST: tl.constexpr, RENORMALIZE: tl.constexpr
-):
-    """x: a row's logits, by the `number` of experts, -inf beyond them."""
-    if SOFTMAX_FIRST:
-        x = tl.exp(x - _max(x))
-        x = x / _sum(x)
-    # A float's bits order as an integer's do once those of negative ones are turned; NaN stands above all, as in a sort. Below
-    # -inf there is room: for what is beyond the experts, and above that for those that were taken, by when.
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    order = tl.where(x != x, 0x7FFFFFFF, order)
-    order = tl.where(number < experts, order, -0x80000000)
-    for i in range(top_k):
-        best = order == _max(order)
-        first = -_max(tl.where(best, -number, -experts))  # of equal ones
-        order = tl.where(number == first, i - 0x7FFFFFFF, order)
-    taken = (order > -0x80000000) & (order < top_k - 0x7FFFFFFF)
-    if SOFTMAX_FIRST:
-        x = tl.where(taken, x, 0.0)
-    else:
-        x = tl.where(taken, x, float("-inf"))
-        x = tl.exp(x - _max(x))
-    if RENORMALIZE:
-        x = x / _sum(x)
-    taken &= tl.arange(0, x.shape[1])[None, :, None] == 0
-    at = row * top_k + order + 0x7FFFFFFF
-    tl.store(ids + at, number, mask=taken)
-    tl.store(weights + at, x, mask=taken)
+    x, order, _ = best(x.to(ROUND).to(tl.float32), expert, experts, top_k, SOFTMAX_FIRST)
+    store(x, order, expert, row, ids, weights, top_k, SOFTMAX_FIRST, RENORMALIZE)

@@ -20,7 +20,8 @@ from torch import Tensor
 from slipstream.ops.chain import chain
 from slipstream.ops.moe import Pairs
 from slipstream.ops.norm.triton import REGISTERS, left
-from slipstream.ops.router import fits, kernels
+from slipstream.ops.router import Logits, fits, kernels
+from slipstream.ops.router.choice import room
 
 FEW = 512  # tokens, from which on tiles as small as these are slower than cuBLAS
 TILE = {"BLOCK_M": 16, "BLOCK_K": 64}
@@ -35,9 +36,10 @@ def router(
     softmax_first: bool,
     renormalize: bool = True,
     few: int | None = FEW,  # None: the product is done here for any number of tokens
+    logits: Logits | None = None,  # of one token: to be left here, and nothing chosen
 ) -> tuple[Tensor, Tensor]:  # each (tokens, top_k)
-    if few is not None and fits(len(x), linear):
-        return _at_once(x, None, None, 0.0, linear, top_k, softmax_first, renormalize)[2:]
+    if logits is not None or (few is not None and fits(len(x), linear)):
+        return _at_once(x, None, None, 0.0, linear, top_k, softmax_first, renormalize, logits)[2:]
     weight: Tensor | None = getattr(linear, "dense", None)
     if few is not None and len(x) > few:
         weight = None
@@ -51,7 +53,7 @@ def router(
             kernels.choice[(tokens,)](
                 sums, bias, ids, weights, sums.stride(1), sums.stride(0), experts, top_k, ROUND=DTYPES[x.dtype],
                 PARTS=parts, SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first,
-                EXPERTS=_room(experts), num_warps=1, maxnreg=REGISTERS, **chain(x.device),
+                EXPERTS=room(experts), num_warps=1, maxnreg=REGISTERS, **chain(x.device),
             )  # fmt: skip
     return ids, weights
 
@@ -66,9 +68,10 @@ def add_norm_router(
     *,
     softmax_first: bool,
     renormalize: bool = True,
+    logits: Logits | None = None,  # as above
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """add_norm(x, delta, norm, eps), then router of the norm, which has the dtype of the router's weight. For what `fits`."""
-    return _at_once(x, delta, norm, eps, linear, top_k, softmax_first, renormalize)
+    return _at_once(x, delta, norm, eps, linear, top_k, softmax_first, renormalize, logits)
 
 
 def _at_once(
@@ -80,6 +83,7 @@ def _at_once(
     top_k: int,
     softmax_first: bool,
     renormalize: bool,
+    logits: Logits | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, the norm, and what was picked; without `norm` x itself twice."""
     weight: Tensor = linear.dense
@@ -89,16 +93,17 @@ def _at_once(
     more = more if more is None or more.stride(1) == 1 else more.contiguous()
     total = None if delta is None else torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
     out = None if norm is None else torch.empty(tokens, hidden, dtype=weight.dtype, device=x.device)
-    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    shape = tokens, experts
+    values = torch.empty(shape, dtype=torch.float32, device=x.device) if logits is None else logits.values
     ids, weights = _picks(tokens, top_k, x.device)
     size = triton.next_power_of_2(hidden)
     warps = max(1, min(8 if size <= 4096 else 16, size // 256))
     if tokens:
         with torch.cuda.device_of(x):
             kernels.at_once[(tokens, triton.cdiv(experts, BLOCK))](
-                x, more, norm, weight, linear.bias, total, out, logits, linear.arrived, ids, weights, x.stride(0),
-                0 if more is None else more.stride(0), weight.stride(0), hidden, experts, top_k, eps, *left(pairs),
-                SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first, EXPERTS=_room(experts),
+                x, more, norm, weight, linear.bias, total, out, values, None if logits is not None else linear.arrived,
+                ids, weights, x.stride(0), 0 if more is None else more.stride(0), weight.stride(0), hidden, experts, top_k, eps,
+                *left(pairs), SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first, EXPERTS=room(experts),
                 WARPS=warps, BLOCK_N=BLOCK, SIZE=size, num_warps=warps, maxnreg=REGISTERS, **chain(x.device),
             )  # fmt: skip
     return x if total is None else total, x if out is None else out, ids, weights
@@ -107,10 +112,6 @@ def _at_once(
 def _picks(tokens: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     shape = tokens, top_k
     return torch.empty(shape, dtype=torch.int32, device=device), torch.empty(shape, dtype=torch.float32, device=device)
-
-
-def _room(experts: int) -> int:
-    return max(32, triton.next_power_of_2(experts))
 
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
