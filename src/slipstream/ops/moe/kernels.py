@@ -24,7 +24,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from slipstream.ops.chain import prefetch
 from slipstream.ops.router.choice import picked
 
-MUL = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")  # sm_80 has no mul
 # Triton 3.6 lets a product run on while the registers that it reads are filled for the next step. PTX forbids that.
 WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;")
 
@@ -92,8 +91,11 @@ def gather(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _times(a, b):  # type: ignore[no-untyped-def]
-    """Pairs of bfloat16 in words."""
-    return tl.inline_asm_elementwise(MUL, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
+    """Pairs of bfloat16 in words. sm_80 has no mul."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }", "=r,r,r", [a, b], dtype=tl.uint32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
