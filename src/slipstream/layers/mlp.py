@@ -102,12 +102,14 @@ class MoE(nn.Module):
         x, h = add(norm, x, delta, self.dtype)
         return x, h, *self.pick(h, self.router, self.top_k, **how)
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether router and experts are such that the choice may be left: only a router that has `after_norm` can leave it."""
+        return self.after_norm is not None and self.top_k <= self.experts.kernel.chooses and self.ranks.experts is None
+
     def _left(self, x: Tensor) -> dict[str, Logits]:
         """Where the choice is left to the experts' kernel. (Where experts are spread over ranks, it is needed before.)"""
-        few = len(x) == 1 and self.top_k <= self.experts.kernel.chooses and self.ranks.experts is None
-        if (
-            not few or self.after_norm is None or not fits(1, self.router)
-        ):  # after_norm: the router is one that leaves it
+        if len(x) != 1 or not self.may_leave or not fits(1, self.router):
             return {}
         values = torch.empty(1, self.num_experts, dtype=torch.float32, device=x.device)
         return {"logits": Logits(values, self.softmax_first, self.renormalize)}

@@ -3,7 +3,8 @@
 A kernel of the chain says at once that the next may start, and waits (gdc_wait) for all that went before it. What it waited
 for had waited itself, so behind its wait everything earlier is done. Before it, a kernel may read only what no kernel of
 the step writes (weights, positions, page tables), and may write nothing: an earlier one may still read what stood there.
-(What starts only once the kernel before it has waited, as that says so after its wait, may do both with what is older than that one.)
+But a kernel whose predecessor says so only after its own wait may, before it waits itself, read and write what is older than that
+predecessor.
 At least one program of every kernel has to wait, or the chain is broken for those that come after it.
 """
 

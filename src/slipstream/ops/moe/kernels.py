@@ -134,6 +134,20 @@ def _mxfp4(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _expert(  # type: ignore[no-untyped-def]
+    experts, logits, shares, num_experts, KIND: tl.constexpr, ROUND: tl.constexpr, SOFTMAX_FIRST: tl.constexpr,
+    RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Of this program's tile: as it was scheduled or, of one token, chosen here."""
+    LAST: tl.constexpr = KIND is None
+    if logits is None:
+        expert = tl.load(experts + tl.program_id(1))
+    else:
+        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
+    return expert.to(tl.int64)
+
+
+@triton.jit
 def _load(pointers, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """A mask costs instructions in the loop."""
     if EVEN:
@@ -193,13 +207,8 @@ def tiles(  # type: ignore[no-untyped-def]
     if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
         gdc_wait()
         gdc_launch_dependents()
-    if logits is None:
-        expert = tl.load(experts + tile)
-    else:
-        ROUND: tl.constexpr = x.dtype.element_ty
-        LAST: tl.constexpr = KIND is None
-        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
-    expert = expert.to(tl.int64)
+    ROUND: tl.constexpr = x.dtype.element_ty
+    expert = _expert(experts, logits, shares, num_experts, KIND, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
     if expert < 0:
         return
     inside = tl.arange(0, BLOCK_M)
@@ -308,13 +317,8 @@ def alone(  # type: ignore[no-untyped-def]
     if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
         gdc_wait()
         gdc_launch_dependents()
-    if logits is None:
-        expert = tl.load(experts + pair)
-    else:
-        ROUND: tl.constexpr = x.dtype.element_ty
-        LAST: tl.constexpr = KIND is None
-        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
-    expert = expert.to(tl.int64)
+    ROUND: tl.constexpr = x.dtype.element_ty
+    expert = _expert(experts, logits, shares, num_experts, KIND, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
     if expert < 0:
         return
     warp, column = tl.arange(0, WARPS), tl.arange(0, 8)
