@@ -22,13 +22,15 @@ class MLP(nn.Module):
     def __init__(self, ops: Ops, config: ModelConfig, *, bias: bool = False) -> None:
         super().__init__()
         self.activation, self.kind, self.ranks, self.dtype = ops.activation, config.hidden_act, ops.ranks, ops.dtype
+        self.wide_rows = ops.wide_rows
         self.gate_up = Linear(ops, config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Delta]:  # (tokens, hidden)
         """x + delta, and the answer to it."""
         x, h = add(norm, x, delta, self.dtype)
-        return x, self.ranks.reduce(self.down.left(self.activation(self.gate_up(h), self.kind)))
+        h = self.gate_up.wide(h) if len(h) <= self.wide_rows else self.gate_up(h)
+        return x, self.ranks.reduce(self.down.left(self.activation(h, self.kind, dtype=self.dtype)))
 
 
 class Router(Linear):
