@@ -97,7 +97,7 @@ def compare(plan: Any, checkpoint: Any) -> None:
     stored = [t for info in checkpoint.tensors.values() if ".layers.1." in info.name for t in info.stored]
     card = Card(plan.device)
     arrivals = Transfer([[t] for t in stored], card)
-    with card.beside():
+    with card.aside():
         for _, complete in arrivals.arrive():
             for i in complete:
                 if not torch.equal(arrivals.take(i)[stored[i]].cpu(), read_raw(stored[i])):

@@ -54,17 +54,20 @@ class Plain(Card):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.out = self.taken = self.finished = 0
+        self.handed: list[tuple[list[int], bool]] = []
 
     def beside(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     aside = beside
 
-    def free(self) -> int:
-        return 2000
+    room = 2000
 
-    def hand_over(self, landed: Iterable[Tensor]) -> None:
-        pass
+    def free(self) -> int:
+        return self.room
+
+    def hand_over(self, landed: Iterable[Tensor], wait: bool) -> None:
+        self.handed.append(([t.data_ptr() for t in landed], wait))
 
     @contextlib.contextmanager
     def pinned(self, nbytes: int) -> Iterator[Tensor]:
@@ -178,11 +181,28 @@ def test_everything_arrives_once(tmp_path: Path, case: int, hashed: bool, kind: 
             there = arrivals.take(item)
             card.mark().synchronize()
             assert list(there) == wanted[item]
+            assert card.handed[-1] == ([t.data_ptr() for t in there.values()], not arrivals._placed)
             assert all(torch.equal(got, read_raw(t)) for t, got in there.items())
     assert sorted(seen) == list(range(len(wanted)))
     assert done == sum(t.nbytes for item in wanted for t in item)
     assert card.out == 0 and card.taken == bool(done), "once for all readers"
     assert not isinstance(card, Direct) or bool(card.waits) != hashed, "each buffer is used again"
+
+
+@pytest.mark.parametrize(("room", "places"), [(600, 3), (599, 2), (400, 1), (300, 0), (0, 0)])
+def test_places_are_taken_before_anything_is_read(room: int, places: int, tmp_path: Path) -> None:
+    """As far as there is room for all tensors once more beside them."""
+    (tmp_path / "x").write_bytes(bytes(300))
+    wanted = [[TensorInfo(str(i), "U8", (100,), 100, tmp_path / "x", 100 * i)] for i in range(3)]
+    card = Plain()
+    card.room = room
+    arrivals = Transfer(wanted, card, readers=1, block=64)
+    arriving = arrivals.arrive()
+    assert next(arriving) == (0, []) and card.taken == 0
+    assert list(arrivals._landed) == list(range(places)) and arrivals._placed == (places == 3)
+    for _, complete in arriving:
+        assert all(len(arrivals.take(i)) == 1 for i in complete)
+    assert [wait for _, wait in card.handed] == [places < 3] * 3
 
 
 def test_only_what_is_wanted_is_read_and_in_long_runs(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def plan_for(
     for module in ("attention.decode", "linear.triton_few"):
         patch.setattr(f"slipstream.ops.{module}.chain", chain)
     patch.setattr("slipstream.ops.moe.triton._hopper", lambda device: True)
-    patch.setattr("slipstream.ops.moe.triton.processors", lambda device: 132)
+    for module in ("moe.triton", "attention.decode", "linear.triton_slabs"):
+        patch.setattr(f"slipstream.ops.{module}.processors", lambda device: 132)
     patch.setattr("slipstream.plan.layout.find_hardware", lambda asked, why: Hardware("cuda", CARD, 64 << 30, (9, 0)))
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -60,7 +60,7 @@ def test_many_blocks_through_few_buffers(direct: bool, tmp_path: Path, monkeypat
     assert card.direct == direct
     arrivals = Transfer(wanted, card, readers=3, block=300_000)
     got = {}
-    with card.beside():
+    with card.aside():
         busy = torch.randn(4096, 4096, device=CUDA)
         for _, complete in arrivals.arrive():
             busy = busy @ busy * 1e-3

@@ -124,3 +124,32 @@ def test_the_choice_is_left_to_experts_that_can_make_it_of_one_token(
     monkeypatch.setattr(type(mlp.ranks), "experts", range(mlp.num_experts))
     monkeypatch.setattr(type(mlp.ranks), "combine", lambda self, out, ids: out, raising=False)
     assert not left(), "experts are spread over ranks, and numbers are to be looked up"
+
+
+def test_gate_and_up_of_few_tokens_are_wide(tmp_path: Path) -> None:
+    """Where a kernel gives float32: what is given to down has the model's dtype all the same."""
+    save("llama", tmp_path)
+    llm = LLM(tmp_path, dtype="bfloat16")
+    mlp = next(m for m in llm.plan.model.modules() if isinstance(m, MLP))
+    given: list[tuple[str, torch.dtype]] = []
+
+    class Product(torch.nn.Module):
+        def wide(self, x: Tensor) -> Tensor:
+            given.append(("wide", x.dtype))
+            return torch.randn(len(x), 2 * inner)
+
+        def forward(self, x: Tensor) -> Tensor:
+            given.append(("narrow", x.dtype))
+            return torch.randn(len(x), 2 * inner).bfloat16()
+
+        def left(self, x: Tensor) -> Tensor:
+            given.append(("left", x.dtype))
+            return x
+
+    inner, hidden = llm.plan.model_config.intermediate_size, llm.plan.model_config.hidden_size
+    mlp.gate_up = mlp.down = Product()
+    mlp.wide_rows = 4
+    for rows in (4, 5):
+        mlp(None, torch.randn(rows, hidden), torch.randn(rows, hidden))
+    bf16 = torch.bfloat16
+    assert given == [("wide", bf16), ("left", bf16), ("narrow", bf16), ("left", bf16)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
+from slipstream.ops.activation.native import activation as native_activation
 from slipstream.ops.activation.reference import activation
 
 
@@ -36,3 +37,15 @@ def test_clamped_swiglu(limit: float) -> None:
 def test_an_unknown_kind_is_an_error() -> None:
     with pytest.raises(ValueError, match="relu"):
         activation(torch.zeros(1, 2), "relu")
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu_clamped"])
+def test_what_is_wide_is_rounded_once(kind: str) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(5, 64) * 3
+    for one in (activation, native_activation):
+        assert torch.equal(one(x, kind, 7.0, torch.bfloat16), one(x, kind, 7.0).bfloat16())
+        assert (
+            one(x.bfloat16(), kind).dtype == torch.bfloat16
+            and one(x.bfloat16(), kind, 7.0, torch.float32).dtype == torch.float32
+        )

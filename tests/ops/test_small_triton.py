@@ -323,6 +323,7 @@ def gate(kind: str, dtype: torch.dtype = F32, device: str = "cpu", rows: int = 5
     found = alone(lambda x: triton_activation(x, kind, 1.5), x)
     assert found.dtype == dtype and triton_activation(x[None], kind, 1.5).shape == (1, rows, inner)
     assert triton_activation(x[:0], kind).shape == (0, inner)
+    assert torch.equal(triton_activation(x, kind, 1.5, torch.float16), triton_activation(x.float(), kind, 1.5).half())
     ends = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, 200.0, -200.0], device=device)
     ends = torch.cartesian_prod(ends, ends).T.reshape(1, -1)
     want = activation_reference(ends.double() if kind == "gelu" else ends, kind, 7.0)  # torch's erf may give NaN at inf

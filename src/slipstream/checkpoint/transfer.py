@@ -52,12 +52,18 @@ class Card:
         return torch.cuda.stream(self.stream)
 
     def aside(self) -> contextlib.AbstractContextManager[Any]:
-        """And here to the stream on which is made what they become: they go on meanwhile."""
+        """What a thread launches in here goes to the stream of what is made of the copies, which go on meanwhile."""
         return torch.cuda.stream(self.making)
 
-    def hand_over(self, landed: Iterable[Tensor]) -> None:
-        """What is launched from here on finds these copied; and they are not overwritten before it is done with them."""
+    def hand_over(self, landed: Iterable[Tensor], wait: bool) -> None:
+        """What this thread launches from here on finds these tensors copied; their memory is not given to others before that is done.
+
+        Args:
+            wait: copies that are still to come wait for what this thread has launched so far.
+        """
         here = torch.cuda.current_stream(self.device)
+        if wait:
+            self.stream.wait_stream(here)
         here.wait_stream(self.stream)
         for tensor in landed:
             tensor.record_stream(here)
@@ -83,7 +89,7 @@ class Card:
                 runtime.cudaHostUnregister(buffer.data_ptr())
 
     def free(self) -> int:
-        """Bytes."""
+        """Bytes that the card has left, without those that torch keeps to use again."""
         return torch.cuda.mem_get_info(self.device)[0]
 
     @property
@@ -202,7 +208,7 @@ class Transfer:
         self._left = [sum(t.nbytes for t in item) for item in wanted]
         self._landed: dict[int, Tensor] = {}
         self._lock = threading.Condition()
-        self._stopped = False
+        self._stopped, self._placed = False, False
         self._untold = 0  # bytes that arrived
         self._news: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
         self._digests = {file: hashlib.sha256() for file in self._shards}
@@ -222,7 +228,7 @@ class Transfer:
             whole = {file: before[file][0] for file in self._shards}
             lanes = self.readers if whole else 1  # a file is hashed in order, so by one thread at a time
             self._blocks = cut(self._tensors, whole, self.block, lanes)
-            self._take_places()
+            self._placed = self._take_places()
             yield 0, [i for i, nbytes in enumerate(self._left) if not nbytes]
             first = list(itertools.islice(self._blocks, self.readers))
             self._blocks = itertools.chain(first, self._blocks)
@@ -239,19 +245,24 @@ class Transfer:
         for i in self._items[item]:
             there[self._tensors[i]] = self._land(i)  # one of no bytes has no place yet
             del self._landed[i]
-        self.card.hand_over(there.values())
+        self.card.hand_over(there.values(), wait=not self._placed)
         return there
 
-    def _take_places(self) -> None:
-        """Before anything is copied, as far as there is room for the model beside them: to take memory beside copies is slow."""
+    def _take_places(self) -> bool:
+        """Before anything is copied, as far as there is room for the model beside them: to take memory beside copies is slow.
+
+        Whether there was room for all: then copies need not wait for what is made of those before them.
+        """
         room = self.card.free() - sum(t.nbytes for t in self._tensors)
-        with self.card.beside():
+        with self.card.beside(), contextlib.suppress(torch.OutOfMemoryError):  # others may take memory of the same card
             for i, t in enumerate(self._tensors):
                 room -= t.nbytes
                 if room < 0:
-                    return
+                    return False
                 if t.nbytes:
                     self._land(i)
+            return True
+        return False
 
     def _run(self, running: int) -> Iterator[Arrived]:
         if not running:

@@ -22,13 +22,15 @@ class MLP(nn.Module):
     def __init__(self, ops: Ops, config: ModelConfig, *, bias: bool = False) -> None:
         super().__init__()
         self.activation, self.kind, self.ranks, self.dtype = ops.activation, config.hidden_act, ops.ranks, ops.dtype
+        self.wide_rows = ops.wide_rows
         self.gate_up = Linear(ops, config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.down = Linear(ops, config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, norm: Norm | None, x: Tensor, delta: Delta) -> tuple[Tensor, Delta]:  # (tokens, hidden)
         """x + delta, and the answer to it."""
         x, h = add(norm, x, delta, self.dtype)
-        return x, self.ranks.reduce(self.down.left(self.activation(self.gate_up(h), self.kind)))
+        h = self.gate_up.wide(h) if len(h) <= self.wide_rows else self.gate_up(h)
+        return x, self.ranks.reduce(self.down.left(self.activation(h, self.kind, dtype=self.dtype)))
 
 
 class Router(Linear):
@@ -102,12 +104,14 @@ class MoE(nn.Module):
         x, h = add(norm, x, delta, self.dtype)
         return x, h, *self.pick(h, self.router, self.top_k, **how)
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether router and experts are such that the choice may be left: only a router that has `after_norm` can leave it."""
+        return self.after_norm is not None and self.top_k <= self.experts.kernel.chooses and self.ranks.experts is None
+
     def _left(self, x: Tensor) -> dict[str, Logits]:
         """Where the choice is left to the experts' kernel. (Where experts are spread over ranks, it is needed before.)"""
-        few = len(x) == 1 and self.top_k <= self.experts.kernel.chooses and self.ranks.experts is None
-        if (
-            not few or self.after_norm is None or not fits(1, self.router)
-        ):  # after_norm: the router is one that leaves it
+        if len(x) != 1 or not self.may_leave or not fits(1, self.router):
             return {}
         values = torch.empty(1, self.num_experts, dtype=torch.float32, device=x.device)
         return {"logits": Logits(values, self.softmax_first, self.renormalize)}

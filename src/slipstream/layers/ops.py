@@ -32,9 +32,9 @@ class Ops:
             a thread's share by other code than the rest, whose last bit may differ.
         add_norm_router: for what ops/router: fits, in place of add_norm and router; None if no kernel does what both do.
         adds: add_norm takes sums that a product or the experts left to it (ops/moe: Pairs).
-        wide_rows: a step of at most so many tokens carries x from layer to layer in float32, and so what is added to it, where a
-            kernel gives that. Of all roundings to bfloat16 these are the ones that logits feel most, and in a step of few tokens
-            these numbers are nothing beside the weights. (In a prompt of thousands they are not: then x has `dtype`.)
+        wide_rows: a step of at most so many tokens carries x from layer to layer in float32, and so what is added to it, and gate and
+            up, where a kernel gives that. Of all roundings to bfloat16 these are the ones that logits feel most, and in a step of few
+            tokens these numbers are nothing beside the weights. (In a prompt of thousands they are not: then x has `dtype`.)
     """
 
     add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]

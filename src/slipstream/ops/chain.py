@@ -3,7 +3,8 @@
 A kernel of the chain says at once that the next may start, and waits (gdc_wait) for all that went before it. What it waited
 for had waited itself, so behind its wait everything earlier is done. Before it, a kernel may read only what no kernel of
 the step writes (weights, positions, page tables), and may write nothing: an earlier one may still read what stood there.
-(What starts only once the kernel before it has waited, as that says so after its wait, may do both with what is older than that one.)
+But a kernel whose predecessor says so only after its own wait may, before it waits itself, read and write what is older than that
+predecessor.
 At least one program of every kernel has to wait, or the chain is broken for those that come after it.
 """
 
@@ -14,8 +15,6 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-
-PREFETCH_L2 = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @cache
@@ -33,4 +32,7 @@ def processors(device: torch.device) -> int:
 @triton.jit
 def prefetch(pointers):  # type: ignore[no-untyped-def]
     """What a kernel will read is on its way to the L2, before it waits."""
-    tl.inline_asm_elementwise(PREFETCH_L2, "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
+    # What helpers need stands in them, as tests/ops/test_keys.py says why.
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )

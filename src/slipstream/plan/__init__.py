@@ -157,8 +157,9 @@ def make_plan(
 
     def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
         sequences, batched = sizes(asked, hardware, why)
-        workspace = workspace_bytes(config, batched, sequences, dtype)
-        spare = graphs_bytes(config, sequences, dtype, groups, page_size, laid.ranks.size) if graphs else 0
+        wide, ranks = laid.ops.wide_rows, laid.ranks.size
+        workspace = workspace_bytes(config, batched, sequences, dtype, wide)
+        spare = graphs_bytes(config, sequences, dtype, groups, page_size, ranks, wide) if graphs else 0
         if gpu:  # a stream for steps, and one on which they are recorded
             product = cublas_bytes(hardware.capability)
             workspace, spare = workspace + product, spare + graphs * product

@@ -198,7 +198,7 @@ def check_called(asked: EngineConfig, model: Transformer, choices: list[Choice],
             f"is part of router[{chosen['router'].name}] in steps of at most {router.AT_ONCE} tokens"
         )
     moes = [m for m in model.modules() if isinstance(m, MoE)]
-    if any(m.after_norm is not None and m.ranks.experts is None and m.top_k <= m.experts.kernel.chooses for m in moes):
+    if any(m.may_leave for m in moes):
         why["choice of experts"] = f"is part of moe[{chosen['moe'].name}] in steps of one token"
     if norms.source and any(getattr(m, "qk_norm", None) == "head" for m in model.modules()):
         entry = chosen["attention_input"]

@@ -38,21 +38,29 @@ def sizes(asked: EngineConfig, hardware: Hardware, why: dict[str, str]) -> tuple
 
 
 def graphs_bytes(
-    config: ModelConfig, rows: int, dtype: torch.dtype, groups: Sequence[CacheGroup], page: int, ranks: int
+    config: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    groups: Sequence[CacheGroup],
+    page: int,
+    ranks: int,
+    wide_rows: int,
 ) -> int:
     """What decoding steps hold for good: activations and logits of the largest, and pages that nobody owns. With several ranks
     logits are there twice, as they come and as they belong together."""
     spare = sum(page * g.bytes_per_token(dtype.itemsize) for g in groups)
-    return spare + layer_bytes(config, rows, dtype) + (1 + (ranks > 1)) * rows * config.vocab_size * 4
+    return spare + layer_bytes(config, rows, dtype, wide_rows) + (1 + (ranks > 1)) * rows * config.vocab_size * 4
 
 
-def workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype) -> int:
+def workspace_bytes(config: ModelConfig, tokens: int, sequences: int, dtype: torch.dtype, wide_rows: int) -> int:
     """Activations of one layer at the largest step, and logits in float32 with what the sampler makes of them."""
     rows = min(sequences, tokens) + min(SCORED_TOKENS, tokens)
-    return layer_bytes(config, tokens, dtype) + 3 * rows * config.vocab_size * 4
+    return layer_bytes(config, tokens, dtype, wide_rows) + 3 * rows * config.vocab_size * 4
 
 
-def layer_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+def layer_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, wide_rows: int) -> int:
+    """Of a step of so many tokens. Of at most `wide_rows` (layers/ops.py) sums, gate and up are float32."""
+    wide = 4 if tokens <= wide_rows else dtype.itemsize
     inner = max(config.intermediate_size, config.moe_intermediate_size * max(config.num_experts_per_tok, 1))
     heads = (config.num_heads * 2 + config.num_kv_heads * 4) * config.head_dim
-    return tokens * (6 * config.hidden_size + heads + 3 * inner) * dtype.itemsize
+    return tokens * ((6 * config.hidden_size + 2 * inner) * wide + (heads + inner) * dtype.itemsize)

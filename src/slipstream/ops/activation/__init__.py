@@ -1,4 +1,6 @@
-"""Gated activation: activation(gate_up, kind, limit) -> (..., inner); gate_up (..., 2 * inner), gate first.
+"""Gated activation: activation(gate_up, kind, limit, dtype) -> (..., inner); gate_up (..., 2 * inner), gate first.
+
+What comes out has the `dtype`; None is that of gate_up.
 
 Kinds: silu, gelu, gelu_tanh: act(gate) * up. swiglu_clamped is gpt-oss's: gate and up clamped at `limit`,
 gate * sigmoid(1.702 * gate) * (up + 1).

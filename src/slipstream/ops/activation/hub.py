@@ -39,7 +39,8 @@ def adapt(opened: Opened, case: Case) -> Any:
     }
     kernels = {kind: function(opened.module, NAMES[kind], *names) for kind, names in wants.items()}
 
-    def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
+    def activation(gate_up: Tensor, kind: str, limit: float = 7.0, dtype: torch.dtype | None = None) -> Tensor:
+        gate_up = gate_up.to(dtype or gate_up.dtype)  # it has one dtype for both
         *outer, width = gate_up.shape
         out = torch.empty(*outer, width // 2, dtype=gate_up.dtype, device=gate_up.device)
         numbers = (limit,) if kind == "swiglu_clamped" else ()

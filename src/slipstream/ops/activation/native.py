@@ -18,7 +18,7 @@ from slipstream.ops.native import load
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "swiglu_clamped": 3}  # the numbers in activation.c
 
 
-def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
+def activation(gate_up: Tensor, kind: str, limit: float = 7.0, dtype: torch.dtype | None = None) -> Tensor:
     if kind not in KINDS:
         raise ValueError(f"no activation is called {kind!r}")
     x = gate_up.float().contiguous()
@@ -26,7 +26,7 @@ def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
     out = torch.empty(*outer, width // 2)
     pointers = x.data_ptr(), out.data_ptr()
     _function()(KINDS[kind], *pointers, out.numel() // (width // 2), width // 2, limit, torch.get_num_threads())
-    return out.to(gate_up.dtype)
+    return out.to(dtype or gate_up.dtype)
 
 
 @cache

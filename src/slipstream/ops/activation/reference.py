@@ -7,7 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
+def activation(gate_up: Tensor, kind: str, limit: float = 7.0, dtype: torch.dtype | None = None) -> Tensor:
+    return _gated(gate_up, kind, limit).to(dtype or gate_up.dtype)
+
+
+def _gated(gate_up: Tensor, kind: str, limit: float) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     if kind == "silu":
         return F.silu(gate).mul_(up)

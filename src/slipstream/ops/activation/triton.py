@@ -13,13 +13,13 @@ from slipstream.ops.chain import chain
 BLOCK = 512
 
 
-def activation(gate_up: Tensor, kind: str, limit: float = 7.0) -> Tensor:
+def activation(gate_up: Tensor, kind: str, limit: float = 7.0, dtype: torch.dtype | None = None) -> Tensor:
     if kind not in ("silu", "gelu", "gelu_tanh", "swiglu_clamped"):
         raise ValueError(f"no activation is called {kind!r}")
     *outer, width = gate_up.shape
     x, inner = gate_up.reshape(-1, width), width // 2
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = torch.empty(*outer, inner, dtype=x.dtype, device=x.device)
+    out = torch.empty(*outer, inner, dtype=dtype or x.dtype, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
             _gate[(len(x), triton.cdiv(inner, BLOCK))](

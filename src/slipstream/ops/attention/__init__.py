@@ -13,12 +13,15 @@ from typing import Any
 
 from slipstream.ops.choose import Case, Impl, only_invariant
 
-SPLIT = 512  # keys of a decoding sequence that one program of the Triton kernel looks at
+SPLIT = 512  # keys of a decoding sequence that one program of the Triton kernel looks at, at most
 PAGED = ("triton", "native")  # what copies no keys and holds no scores
 
 
 def scratch_bytes(name: str, sequences: int, heads: int, head_dim: int, longest: int) -> int:
-    """What an implementation holds beside its inputs in a decoding step: sums of the splits of a sequence, in float32."""
+    """What an implementation holds beside its inputs in a decoding step: sums of the splits of a sequence, in float32.
+
+    Of few sequences they are shorter and so more (ops/attention/paged.py: splits), but then of one program a processor: two MB.
+    """
     most = -(-longest // SPLIT)
     return sequences * heads * most * (head_dim + 2) * 4 if name == "triton" and most > 1 else 0
 

@@ -39,7 +39,8 @@ def decode(
     sinks: Tensor | None = None,  # (heads,)
 ) -> Tensor:  # (tokens, heads, head_dim)
     """attention_input and then attention, of a step in which every sequence has one query. The newest key is the first in the
-    order of sums, so the last bits may be others than where the two ops run, beside a prompt."""
+    order of sums, and splits are shorter where few sequences leave room, so the last bits may be others than where the two ops run,
+    beside a prompt, and than beside other sequences."""
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
     tokens, all_heads, head_dim = qkv.shape
     out = torch.empty(tokens, all_heads - 2 * keys.shape[1], head_dim, dtype=qkv.dtype, device=qkv.device)

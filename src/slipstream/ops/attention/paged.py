@@ -1,7 +1,7 @@
 """What both kernels of attention over pages are made of: tiles and splits of keys, and the walk over them.
 
-A walk takes in tiles of keys with a running maximum and sum; exponents are of base 2. Tiles and splits stand at fixed positions, sums
-have a fixed order, and a key that is masked changes nothing.
+A walk takes in tiles of keys with a running maximum and sum; exponents are of base 2. Tiles and splits stand at fixed positions (in
+`decode`, at those for so many sequences and pages), sums have a fixed order, and a key that is masked changes nothing.
 """
 
 from __future__ import annotations

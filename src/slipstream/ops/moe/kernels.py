@@ -24,7 +24,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from slipstream.ops.chain import prefetch
 from slipstream.ops.router.choice import picked
 
-MUL = tl.constexpr("{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }")  # sm_80 has no mul
 # Triton 3.6 lets a product run on while the registers that it reads are filled for the next step. PTX forbids that.
 WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;")
 
@@ -92,8 +91,11 @@ def gather(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _times(a, b):  # type: ignore[no-untyped-def]
-    """Pairs of bfloat16 in words."""
-    return tl.inline_asm_elementwise(MUL, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1)
+    """Pairs of bfloat16 in words. sm_80 has no mul."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }", "=r,r,r", [a, b], dtype=tl.uint32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -129,6 +131,20 @@ def _mxfp4(  # type: ignore[no-untyped-def]
     else:
         both = both.permute(0, 5, 2, 1, 4, 6, 3, 7, 8)
     return both.reshape(SLABS * 16, TWOS * 64)
+
+
+@triton.jit
+def _expert(  # type: ignore[no-untyped-def]
+    experts, logits, shares, num_experts, KIND: tl.constexpr, ROUND: tl.constexpr, SOFTMAX_FIRST: tl.constexpr,
+    RENORMALIZE: tl.constexpr, EXPERTS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Of this program's tile: as it was scheduled or, of one token, chosen here."""
+    LAST: tl.constexpr = KIND is None
+    if logits is None:
+        expert = tl.load(experts + tl.program_id(1))
+    else:
+        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
+    return expert.to(tl.int64)
 
 
 @triton.jit
@@ -191,13 +207,8 @@ def tiles(  # type: ignore[no-untyped-def]
     if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
         gdc_wait()
         gdc_launch_dependents()
-    if logits is None:
-        expert = tl.load(experts + tile)
-    else:
-        ROUND: tl.constexpr = x.dtype.element_ty
-        LAST: tl.constexpr = KIND is None
-        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
-    expert = expert.to(tl.int64)
+    ROUND: tl.constexpr = x.dtype.element_ty
+    expert = _expert(experts, logits, shares, num_experts, KIND, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
     if expert < 0:
         return
     inside = tl.arange(0, BLOCK_M)
@@ -306,13 +317,8 @@ def alone(  # type: ignore[no-untyped-def]
     if CHAIN and KIND is not None:  # what comes after the activation finds the schedule done
         gdc_wait()
         gdc_launch_dependents()
-    if logits is None:
-        expert = tl.load(experts + pair)
-    else:
-        ROUND: tl.constexpr = x.dtype.element_ty
-        LAST: tl.constexpr = KIND is None
-        expert = picked(logits, experts, shares, num_experts, LAST, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
-    expert = expert.to(tl.int64)
+    ROUND: tl.constexpr = x.dtype.element_ty
+    expert = _expert(experts, logits, shares, num_experts, KIND, ROUND, SOFTMAX_FIRST, RENORMALIZE, EXPERTS, WARPS)
     if expert < 0:
         return
     warp, column = tl.arange(0, WARPS), tl.arange(0, 8)

@@ -18,9 +18,8 @@ from slipstream.ops.formats import Weight
 
 # Where a word of 8 codes has each one's sign and its exponent and mantissa: kernels.py rotates them to bits 15 and 8 to 6.
 PLACES = ((15, (8, 7, 6)), (9, (2, 1, 0)), (3, (28, 27, 26)), (13, (14, 5, 4)))
-TOGETHER = (
-    128 << 20
-)  # bytes of experts that are laid out at a time: for so many the card has four times as much beside them
+# Bytes of experts that are laid out at a time, beside which the card has three times as many; one matrix is never cut.
+TOGETHER = 128 << 20
 
 
 def _moves() -> tuple[tuple[int, int], ...]:
@@ -111,6 +110,8 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """
     numbers = torch.arange(1 << 16, dtype=torch.int32, device=device)
     low, high = moved(torch.stack((numbers, numbers << 16)))
+    if device.type == "cuda":  # other threads read them on streams of their own
+        torch.cuda.current_stream(device).synchronize()
     return low, high
 
 
@@ -135,7 +136,7 @@ def moved(words: Tensor) -> Tensor:
 
 @cache
 def begin(device: torch.device) -> threading.Thread:
-    """Use a card's kernels for laying out for the first time, in a thread: early, beside other work. Nobody waits for it.
+    """Use the kernels of loading for the first time, in a thread: early, beside other work. Nobody waits for it.
 
     CUDA brings a kernel's code onto the card when it is first launched, and holds its own locks for that. Beside copies that took
     300 ms for the twenty kernels of a layout, and the copies were half as fast meanwhile.
@@ -150,8 +151,8 @@ def begin(device: torch.device) -> threading.Thread:
 
 def _first(device: torch.device) -> None:
     with suppress(Exception):  # whoever needs it will be told
-        codes = torch.zeros(2, 32, 4 * 16, dtype=torch.uint8, device=device)
-        weight = Weight("mxfp4", codes, (2, 32, 128), torch.zeros(2, 32, 4, dtype=torch.uint8, device=device))
+        codes = torch.zeros(2, 32, 3 * 16, dtype=torch.uint8, device=device)
+        weight = Weight("mxfp4", codes, (2, 32, 96), torch.zeros(2, 32, 3, dtype=torch.uint8, device=device))
         prepare(weight, torch.bfloat16, gated=True)
-        numbers = codes.view(torch.bfloat16)
+        numbers = codes.view(torch.bfloat16)  # and what joins and turns floats
         torch.cat((numbers.float().to(torch.bfloat16), numbers.transpose(1, 2).contiguous().view(numbers.shape)))

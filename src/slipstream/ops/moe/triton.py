@@ -24,7 +24,7 @@ WIDE = 1024  # pairs up to which each one's answer is float32 before they are ad
 
 
 class Alone(NamedTuple):
-    """How a product is shared out where each pair is a tile of its own, and few bytes are read."""
+    """How a product is shared out where each pair is a tile of its own, and not many bytes are read."""
 
     split: int  # parts of the inputs, in warps of their own
     slabs: int  # of 16 rows of weights in a program
@@ -318,9 +318,12 @@ def choose_group(pairs: int, number: int, x: Tensor, down: tuple[Tensor, ...], t
 def choose_alone(
     stack: tuple[Tensor, ...], dtype: torch.dtype, pairs: int, kind: str | None, parts: int = 1
 ) -> Alone | None:
-    """Where each pair is by itself; None: tiles, which are faster where more is read, as by gpt-oss whole.
+    """Where each pair is by itself; None: tiles, which are faster where more is read, as by the first product of gpt-oss.
 
-    Measured on an H100 with the sizes of Qwen3-30B-A3B and of half of gpt-oss-120b, in the order of their layers.
+    Measured on an H100 with the sizes of Qwen3-30B-A3B, gpt-oss-120b and half of it, in the order of their layers.
+
+    Args:
+        parts: that the sum of a single pair is left in.
     """
     if dtype != torch.bfloat16 or len(stack) != 2 or pairs > FEW:
         return None

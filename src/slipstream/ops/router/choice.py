@@ -83,12 +83,14 @@ def picked(  # type: ignore[no-untyped-def]
     """The expert of the only token for this program, of a grid (any, top_k, any) of the experts' kernels. Triton must not know of the
     logits that they begin at a multiple of anything.
 
-    The LAST product stores all of them and their shares, and reads logits, before it waits. It may: when it starts, all programs of
-    the first product have waited, so what is earlier has ended; and that product does not touch ids and shares.
+    The LAST product stores all of them and their shares, and reads logits, before it waits. It may, as ops/chain.py says: when it
+    starts, all programs of the first product have waited, so what is earlier has ended; and that product does not touch ids and
+    shares. PTX itself promises such an order only behind a wait.
     """
     slot, top_k, number = tl.program_id(1), tl.num_programs(1), numbers(WARPS, EXPERTS)
-    x = tl.load(logits + number, number < experts, other=float("-inf")).to(ROUND).to(tl.float32)
-    x, order, last = best(x, number, experts, slot + 1, SOFTMAX_FIRST)
+    # From the L2: those of the layer before stood at the same address.
+    x = tl.load(logits + number, number < experts, other=float("-inf"), cache_modifier=".cg")
+    x, order, last = best(x.to(ROUND).to(tl.float32), number, experts, slot + 1, SOFTMAX_FIRST)
     if LAST and (slot == top_k - 1) & (tl.program_id(0) == 0) & (tl.program_id(2) == 0):
         store(x, order, number, 0, ids, weights, top_k, SOFTMAX_FIRST, RENORMALIZE)
     return tl.max(last)

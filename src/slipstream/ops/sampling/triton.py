@@ -20,11 +20,10 @@ from torch import Tensor
 
 from slipstream.ops.sampling import Row
 from slipstream.ops.sampling.needs import Asked, Needs, ask
-from slipstream.ops.sampling.reference import _GOLDEN, _MIX1, _MIX2, _signed, check_rows, streams
+from slipstream.ops.sampling.reference import check_rows, streams
 from slipstream.ops.sampling.torch import sample as sample_torch
 
 PIECE = 1024
-GOLDEN, MIX1, MIX2 = (tl.constexpr(_signed(number)) for number in (_GOLDEN, _MIX1, _MIX2))
 
 
 def pick(
@@ -131,9 +130,9 @@ def _race(  # type: ignore[no-untyped-def]
 @triton.jit
 def _wait(start, token):  # type: ignore[no-untyped-def]
     """`reference.noise`. log1p by Kahan's correction of log, which is right to about two units of the last place."""
-    z = start + (token + 1).to(tl.int64) * GOLDEN
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * MIX1
-    z = ((z ^ ((z >> 27) & 0x1FFFFFFFFF)) * MIX2) & 0x7FFFFFFFFFFFFFFF
+    z = start + (token + 1).to(tl.int64) * -7046029254386353131  # its constants as signed numbers
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = ((z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685) & 0x7FFFFFFFFFFFFFFF
     minus_u = tl.minimum(
         tl.maximum(z.to(tl.float32) * -1.0842021724855044e-19, -0.99999994039535522), -5.421010862427522e-20
     )
