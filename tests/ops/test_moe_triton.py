@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -723,11 +724,13 @@ def test_a_card_is_used_beside_other_work_and_its_faults_wait(monkeypatch: pytes
         raise RuntimeError
 
     monkeypatch.setattr(layouts, "prepare", broken)
+    interval = sys.getswitchinterval()
     layouts.begin.cache_clear()
     thread = layouts.begin(torch.device("cpu"))
     assert layouts.begin(torch.device("cpu")) is thread
     thread.join(20)
     assert used == ["slipstream-begin"], "once, and nothing is said: whoever lays out will be told"
+    assert sys.getswitchinterval() == interval
     layouts.begin.cache_clear()
 
 

@@ -5,6 +5,7 @@ kernels.py says what the layout is and why. Bits are moved by tables, in the sam
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import suppress
 from functools import cache
@@ -150,6 +151,16 @@ def begin(device: torch.device) -> threading.Thread:
 
 
 def _first(device: torch.device) -> None:
+    # A plan is nothing but Python: each of the calls below would wait for the interpreter for as long as one may keep it, 5 ms.
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(before / 10)
+    try:
+        _use(device)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _use(device: torch.device) -> None:
     with suppress(Exception):  # whoever needs it will be told
         codes = torch.zeros(2, 32, 3 * 16, dtype=torch.uint8, device=device)
         weight = Weight("mxfp4", codes, (2, 32, 96), torch.zeros(2, 32, 3, dtype=torch.uint8, device=device))
