@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         KernelError,
+        RankError,
         RequestError,
         SlipstreamError,
         TrustError,
@@ -32,6 +33,7 @@ _HOME = {
     "CheckpointError": "slipstream.errors",
     "KernelError": "slipstream.errors",
     "CapacityError": "slipstream.errors",
+    "RankError": "slipstream.errors",
     "RequestError": "slipstream.errors",
     "TrustError": "slipstream.errors",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "KernelError",
+    "RankError",
     "RequestError",
     "SamplingParams",
     "SlipstreamError",

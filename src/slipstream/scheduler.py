@@ -83,7 +83,7 @@ class Scheduler:
         if prompt_length >= limit:
             raise RequestError(
                 f"prompt: {prompt_length} tokens leave no room for an answer, as max_model_len is {limit}; "
-                "shorten the prompt or raise max_model_len",
+                "shorten the prompt, or raise max_model_len where the model was made for more",
                 field="prompt",
             )
         length = limit if params.max_new_tokens is None else prompt_length + params.max_new_tokens

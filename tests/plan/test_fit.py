@@ -66,6 +66,7 @@ def ways(message: str) -> list[dict[str, Any]]:
     ("gib", "options", "named"),
     [
         (16, {}, {"quantization"}),
+        (24, {}, {"quantization", "kv_cache_memory_bytes"}),
         (34, {"max_num_batched_tokens": 16384, "max_model_len": 9}, {"quantization", "max_num_batched_tokens"}),
         (33, {"max_num_seqs": 999}, {"quantization", "max_num_seqs"}),
         (40, {"gpu_memory_utilization": 0.3}, {"quantization", "gpu_memory_utilization"}),

@@ -91,6 +91,8 @@ class Fit:
         else:
             more = range(int(asked.gpu_memory_utilization * 100) + 1, (MOST_SHARE if self.gpu else 50) + 1)
             yield from self._first("gpu_memory_utilization", (n / 100 for n in more))
+            if not self.gpu:  # of which a share is never more than half
+                yield from self._first("kv_cache_memory_bytes", (1 << n for n in range(20, 50)))
         if asked.max_model_len is not None:
             longest = largest(asked.max_model_len, lambda length: self._fits(max_model_len=length))
             if longest > 1:
