@@ -157,9 +157,9 @@ def make_plan(
 
     def divide(asked: EngineConfig, weights: int, free_bytes: int, why: dict[str, str]) -> _Memory:
         sequences, batched = sizes(asked, hardware, why)
-        wide, ranks = laid.ops.wide_rows, laid.ranks.size
+        wide = laid.ops.wide_rows
         workspace = workspace_bytes(config, batched, sequences, dtype, wide)
-        spare = graphs_bytes(config, sequences, dtype, groups, page_size, ranks, wide) if graphs else 0
+        spare = graphs_bytes(config, sequences, dtype, groups, page_size, laid.ranks.size, wide) if graphs else 0
         if gpu:  # a stream for steps, and one on which they are recorded
             product = cublas_bytes(hardware.capability)
             workspace, spare = workspace + product, spare + graphs * product
