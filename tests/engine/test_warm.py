@@ -244,13 +244,17 @@ def _decode(runner: Runner, rows: int, start: int) -> None:
 def test_attention_is_one_kernel_in_a_decoding_layer(
     tmp_path: Path, card: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = hopper.runner_for(tmp_path / "model", SHAPE, monkeypatch, max_num_seqs=4, max_model_len=400)
+    """And one more where sequences are so few that several programs share the keys of each."""
+    runner = hopper.runner_for(tmp_path / "model", SHAPE, monkeypatch, max_num_seqs=64, max_model_len=400)
     launched: list[str] = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **more: launched.append(self.__name__))
     with torch.inference_mode():
+        _decode(runner, 64, 250)
+        assert launched.count("_decode") == SHAPE["num_hidden_layers"]
+        assert not {"_attention_input", "_attend", "_combine"} & {*launched}
         _decode(runner, 1, 250)
-    assert launched.count("_decode") == SHAPE["num_hidden_layers"]
-    assert not {"_attention_input", "_attend"} & {*launched}
+    assert launched.count("_decode") == 2 * SHAPE["num_hidden_layers"]
+    assert "_combine" in launched and not {"_attention_input", "_attend"} & {*launched}
 
 
 def test_attention_takes_its_input_where_both_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +271,14 @@ def test_a_card_is_in_use_before_there_are_weights_to_lay_out(tmp_path: Path, mo
     begun: list[torch.device] = []
     monkeypatch.setattr("slipstream.ops.moe.layout.begin", begun.append)
     hopper.plan_for(tmp_path / "experts", SHAPE, monkeypatch)
+    assert begun == [torch.device("cuda", 0)]
+    begun.clear()
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "head_dim": 64}
+    absent = {"attention_bias": False, "layer_types": None, "quantization_config": None}
+    dense = {k: v for k, v in SHAPE.items() if "experts" not in k} | llama | absent
+    hopper.plan_for(tmp_path / "dense", dense, monkeypatch)
+    assert not begun, "floats are not laid out"
+    hopper.plan_for(tmp_path / "packed", dense, monkeypatch, quantization="mxfp4")
     assert begun == [torch.device("cuda", 0)]
 
 

@@ -221,9 +221,7 @@ def test_it_stands_in_for_two_implementations_of_ours_alone() -> None:
 
 
 if __name__ == "__main__":
-    paged.SPLIT, paged.SHORT = (
-        8,
-        2,
-    )  # so that short sequences have many splits, more than are brought together at a time
+    # So that short sequences have many splits, more than are brought together at a time.
+    paged.SPLIT, paged.SHORT = 8, 2
     paged.tiles = lambda share, *_: {"BLOCK_M": 32 if share > 16 else 16, "BLOCK_N": 16}
     interpreter.main(interpreted())

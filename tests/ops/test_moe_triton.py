@@ -631,9 +631,8 @@ def test_who_is_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(320, 32, 1) == Alone(4, 1, 4, 3)
     assert choice(128, 64, 1, parts=2) == Alone(8, 1)
     assert choice(360, 45, 4, "swiglu_clamped") is None and choice(180, 45, 4) == Alone(4, 2, 4, 3)  # gpt-oss
-    assert choice(180, 45, 4, "swiglu_clamped") == Alone(2, 1, 8, 3) and choice(180, 23, 4) == Alone(
-        2, 1
-    )  # a half of it
+    assert choice(180, 45, 4, "swiglu_clamped") == Alone(2, 1, 8, 3)  # a half of it
+    assert choice(180, 23, 4) == Alone(2, 1)
     assert choice(96, 32, 9, "silu") is choice(96, 32, 8, "silu", dtype=F32) is None
     assert choice(16, 200, 1, parts=2) is None, "more than registers hold"
     for number in range(1, 40):
@@ -691,15 +690,8 @@ def test_a_choice_of_each_program_compiles_for_hopper(
     constants: dict[str, Any] = {"KIND": kind, "COMPUTE": tl.bfloat16, "CHAIN": True}
     if one is None:
         few = TABLE["few"]
-        shape = {
-            "LEFT": True,
-            "BLOCK_M": few.pairs,
-            "SLABS": few.slabs,
-            "BLOCKS": few.blocks,
-            "MIXED": False,
-            "EVEN": False,
-        }
-        constants |= shape | {"order": None, "PREFETCH": 64}
+        constants |= {"LEFT": True, "BLOCK_M": few.pairs, "SLABS": few.slabs, "BLOCKS": few.blocks, "MIXED": False}
+        constants |= {"EVEN": False, "order": None, "PREFETCH": 64}
         made = compiled(kernels.tiles, types, constants, few.warps, few.stages, 32)
     else:
         constants |= {"SPLIT": one.split, "SLABS": one.slabs, "MOST": one.step or 4, "MORE": 0 if one.step else 2}

@@ -161,22 +161,28 @@ def cut(tensors: Sequence[TensorInfo], whole: Mapping[Path, int], size: int, lan
     for some in (files[i : i + lanes] for i in range(0, len(files), lanes)):
         blocks: dict[tuple[int, int], Block] = {}  # by where they come in a file, and by the file
         for rank, file in enumerate(some):
-            for i in wanted[file]:
-                at = 0
-                for offset, nbytes in tensors[i].spans:
-                    end = offset + nbytes
-                    for k in range(offset // size, -(-end // size) if nbytes else 0):
-                        begin, stop = max(offset, k * size), min(end, (k + 1) * size)
-                        block = blocks.setdefault((k, rank), Block(file, begin, stop))
-                        block.begin, block.end = min(block.begin, begin), max(block.end, stop)
-                        block.pieces.append(Piece(i, begin, at + begin - offset, stop - begin))
-                    at += nbytes
+            for piece in (p for i in wanted[file] for p in _pieces(i, tensors[i], size)):
+                begin, stop = piece.begin, piece.begin + piece.nbytes
+                block = blocks.setdefault((begin // size, rank), Block(file, begin, stop))
+                block.begin, block.end = min(block.begin, begin), max(block.end, stop)
+                block.pieces.append(piece)
             for k in range(-(-whole.get(file, 0) // size)):
                 block = blocks.setdefault((k, rank), Block(file, 0, 0))
                 block.begin, block.end = k * size, min(whole[file], (k + 1) * size)
         for _, block in sorted(blocks.items()):
             block.pieces = [Piece(p.tensor, p.begin - block.begin, p.at, p.nbytes) for p in block.pieces]
             yield block
+
+
+def _pieces(number: int, tensor: TensorInfo, size: int) -> Iterator[Piece]:
+    """A tensor in blocks of that size, where they begin in its file."""
+    at = 0
+    for offset, nbytes in tensor.spans:
+        end = offset + nbytes
+        for k in range(offset // size, -(-end // size) if nbytes else 0):
+            begin, stop = max(offset, k * size), min(end, (k + 1) * size)
+            yield Piece(number, begin, at + begin - offset, stop - begin)
+        at += nbytes
 
 
 Arrived = tuple[int, list[int]]  # bytes of a block that were wanted, and whose tensors are complete with it

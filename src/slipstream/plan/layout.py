@@ -93,7 +93,8 @@ def lay_out(
     check_layers(checkpoint, config.num_layers, getattr(home, "rename", str))
     why: dict[str, str] = {}
     hardware = find_hardware(asked, why)
-    if hardware.device.startswith("cuda"):
+    packed = asked.quantization == "mxfp4" or any(t.format == "mxfp4" for t in checkpoint.tensors.values())
+    if hardware.device.startswith("cuda") and (packed or config.num_experts):
         from slipstream.ops.moe.layout import begin
 
         begin(torch.device("cuda", torch.device(hardware.device).index or 0))  # while headers are read

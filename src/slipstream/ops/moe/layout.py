@@ -91,13 +91,12 @@ def laid_out(codes: Tensor, scales: Tensor, gated: bool) -> tuple[Tensor, Tensor
     which that means.
     """
     halves = codes.view(torch.uint16).unflatten(-1, (2, 4)).unbind(-2)
-    found = None
-    for half, table in zip(halves, _tables(codes.device), strict=True):
-        ordered = _ordered(half, gated).to(torch.int32, memory_format=torch.contiguous_format)
-        bits = table.index_select(0, ordered.view(-1)).view(ordered.shape)
-        found = bits if found is None else found.add_(bits)
-    assert found is not None
+    first, second = (
+        table.index_select(0, _ordered(half, gated).to(torch.int32, memory_format=torch.contiguous_format).view(-1))
+        for half, table in zip(halves, _tables(codes.device), strict=True)
+    )
     factors = _ordered(scales, gated)
+    found = first.add_(second).view(*factors.shape[:4], 4, 2, 2)
     found.masked_fill_((factors == 255).unsqueeze(4), 0)
     return found, torch.where(factors == 255, factors, factors + 126)
 

@@ -210,10 +210,10 @@ def _choice(logits: Logits | None, weights: Tensor) -> dict[str, Any]:
     """What a kernel is told of logits that a router left, and where shares go; the experts' numbers go where they would stand."""
     if logits is None:
         return {}
-    values, first = logits.values, logits.softmax_first
+    values, number = logits.values, logits.values.shape[1]
     return {
-        "logits": values, "shares": weights, "num_experts": values.shape[1], "EXPERTS": room(values.shape[1]),
-        "SOFTMAX_FIRST": first, "RENORMALIZE": logits.renormalize or not first,
+        "logits": values, "shares": weights, "num_experts": number, "EXPERTS": room(number),
+        "SOFTMAX_FIRST": logits.softmax_first, "RENORMALIZE": logits.renormalize,
     }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def store(  # type: ignore[no-untyped-def]
     else:
         x = tl.where(taken, x, float("-inf"))
         x = tl.exp(x - _max(x))
-    if RENORMALIZE:
+    if RENORMALIZE or not SOFTMAX_FIRST:
         x = x / _sum(x)
     taken &= tl.arange(0, x.shape[1])[None, :, None] == 0
     at = row * top_k + order + 0x7FFFFFFF

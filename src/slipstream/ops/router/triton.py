@@ -52,7 +52,7 @@ def router(
         with torch.cuda.device_of(x):  # Triton launches on the current device
             kernels.choice[(tokens,)](
                 sums, bias, ids, weights, sums.stride(1), sums.stride(0), experts, top_k, ROUND=DTYPES[x.dtype],
-                PARTS=parts, SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first,
+                PARTS=parts, SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize,
                 EXPERTS=room(experts), num_warps=1, maxnreg=REGISTERS, **chain(x.device),
             )  # fmt: skip
     return ids, weights
@@ -103,7 +103,7 @@ def _at_once(
             kernels.at_once[(tokens, triton.cdiv(experts, BLOCK))](
                 x, more, norm, weight, linear.bias, total, out, values, None if logits is not None else linear.arrived,
                 ids, weights, x.stride(0), 0 if more is None else more.stride(0), weight.stride(0), hidden, experts, top_k, eps,
-                *left(pairs), SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize or not softmax_first, EXPERTS=room(experts),
+                *left(pairs), SOFTMAX_FIRST=softmax_first, RENORMALIZE=renormalize, EXPERTS=room(experts),
                 WARPS=warps, BLOCK_N=BLOCK, SIZE=size, num_warps=warps, maxnreg=REGISTERS, **chain(x.device),
             )  # fmt: skip
     return x if total is None else total, x if out is None else out, ids, weights
